@@ -136,7 +136,7 @@ MERGEME_INLINE void store_some(T* p, vector_t<acc_t<T>> v, int64_t count) {
 
 template <typename Acc>
 MERGEME_INLINE vector_t<Acc> broadcast(Acc x) {
-  return vector_t<Acc>{} + x;
+  return x - vector_t<Acc>{};  // minus zero costs nothing: plus zero would change -0
 }
 
 // Sum of the lanes, halving each time: a fixed order.
@@ -154,10 +154,10 @@ MERGEME_INLINE Acc sum_lanes(vector_t<Acc> v) {
 template <int kBit, typename V, size_t... kLane>
 MERGEME_INLINE void exchange_bit(V& a, V& b, std::index_sequence<kLane...>) {
   constexpr int n = sizeof...(kLane);
-  const V first = __builtin_shufflevector(
-      a, b, (int(kLane) & kBit ? n + (int(kLane) ^ kBit) : int(kLane))...);
-  const V second = __builtin_shufflevector(
-      a, b, (int(kLane) & kBit ? n + int(kLane) : int(kLane) | kBit)...);
+  const V first =
+      __builtin_shufflevector(a, b, (int(kLane) & kBit ? n + (int(kLane) ^ kBit) : int(kLane))...);
+  const V second =
+      __builtin_shufflevector(a, b, (int(kLane) & kBit ? n + int(kLane) : int(kLane) | kBit)...);
   a = first;
   b = second;
 }

@@ -46,8 +46,9 @@ inline int64_t even_part(int64_t total, int64_t most, int64_t quantum) {
 
 // Blocks of every expert's [rows, columns] product. Only their number depends on the number of
 // threads, and no result depends on it: see grouped_loops.h.
-inline std::vector<PlannedBlock> plan_blocks(const std::vector<int64_t>& boundaries, int64_t columns,
-                                             int64_t max_rows, int64_t max_columns) {
+inline std::vector<PlannedBlock> plan_blocks(const std::vector<int64_t>& boundaries,
+                                             int64_t columns, int64_t max_rows,
+                                             int64_t max_columns) {
   const auto num_experts = static_cast<int64_t>(boundaries.size()) - 1;
   int64_t row_blocks = 0;
   for (int64_t e = 0; e < num_experts; ++e)
@@ -63,8 +64,8 @@ inline std::vector<PlannedBlock> plan_blocks(const std::vector<int64_t>& boundar
     const int64_t height = even_part(end - begin, max_rows, std::min<int64_t>(16, max_rows));
     for (int64_t column = 0; column < columns; column += width)
       for (int64_t row = begin; row < end; row += height)
-        blocks.push_back({e, row, std::min(height, end - row), column,
-                          std::min(width, columns - column)});
+        blocks.push_back(
+            {e, row, std::min(height, end - row), column, std::min(width, columns - column)});
   }
   return blocks;
 }

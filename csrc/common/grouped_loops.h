@@ -239,8 +239,7 @@ MERGEME_INLINE void store_transposed(Out* out, int64_t ld, int64_t num_rows, int
     for (int64_t w = 0; w < num_columns; w += kWidth) {
       const int64_t some = smaller(kWidth, num_columns - w), count = smaller(kWidth, num_rows - r);
       vector_t<Acc> square[kWidth];
-      for (int64_t j = 0; j < kWidth; ++j)
-        square[j] = j < some ? value(w + j, r) : vector_t<Acc>{};
+      for (int64_t j = 0; j < kWidth; ++j) square[j] = j < some ? value(w + j, r) : vector_t<Acc>{};
       transpose<Acc>(square);
       for (int64_t i = 0; i < count; ++i) {
         Out* to = out + (r + i) * ld + w;

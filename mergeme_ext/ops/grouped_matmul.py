@@ -66,7 +66,7 @@ def grouped_matmul_nn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def grouped_matmul_tn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Return one matrix per expert: the product of its rows of ``a``, transposed, with those of ``b``.
+    """Return per expert the product of its rows of ``a``, transposed, with its rows of ``b``.
 
     ``out[e] = a[offsets[e]:offsets[e + 1]].T @ b[offsets[e]:offsets[e + 1]]``: the gradient of the
     other two with respect to the experts' weights. Only the reduction is ragged.
@@ -118,17 +118,29 @@ def register(namespace: str) -> None:
     def backward_nt(ctx, grad):
         a, b, offsets = ctx.saved_tensors
         need_a, need_b, _ = ctx.needs_input_grad
-        return nn(grad, b, offsets) if need_a else None, tn(grad, a, offsets) if need_b else None, None
+        return (
+            nn(grad, b, offsets) if need_a else None,
+            tn(grad, a, offsets) if need_b else None,
+            None,
+        )
 
     def backward_nn(ctx, grad):
         a, b, offsets = ctx.saved_tensors
         need_a, need_b, _ = ctx.needs_input_grad
-        return nt(grad, b, offsets) if need_a else None, tn(a, grad, offsets) if need_b else None, None
+        return (
+            nt(grad, b, offsets) if need_a else None,
+            tn(a, grad, offsets) if need_b else None,
+            None,
+        )
 
     def backward_tn(ctx, grad):
         a, b, offsets = ctx.saved_tensors
         need_a, need_b, _ = ctx.needs_input_grad
-        return nt(b, grad, offsets) if need_a else None, nn(a, grad, offsets) if need_b else None, None
+        return (
+            nt(b, grad, offsets) if need_a else None,
+            nn(a, grad, offsets) if need_b else None,
+            None,
+        )
 
     for layout, fake, backward in (
         ("nt", _fake_nt, backward_nt),

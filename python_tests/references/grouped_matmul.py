@@ -1,11 +1,12 @@
 """float64 references: one product per expert in a loop. Each returns value and magnitude."""
 
+from itertools import pairwise
+
 import torch
 
 
 def _groups(expert_offsets):
-    bounds = expert_offsets.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return pairwise(expert_offsets.tolist())
 
 
 def _by_rows(a, matrices, expert_offsets):

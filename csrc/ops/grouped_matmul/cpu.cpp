@@ -31,10 +31,11 @@ at::Tensor run_cpu(const at::Tensor& a, const at::Tensor& b, const at::Tensor& e
     rows[e] = kLayout == Layout::kTn ? e * k : tokens[e];  // rows of out, expert after expert
   }
   constexpr bool kNt = kLayout == Layout::kNt;
-  const auto blocks =
-      plan_blocks(rows, n, kNt ? kRowsNt : kRows, kNt ? kColumnsNt : kColumns);
+  const auto blocks = plan_blocks(rows, n, kNt ? kRowsNt : kRows, kNt ? kColumnsNt : kColumns);
   for_each_block(blocks, [&](const PlannedBlock& p, void* scratch) {
-    GroupedBlock block{.out = out_ptr + (p.row * n + p.column) * out.element_size(),
+    GroupedBlock block{.a = nullptr,
+                       .b = nullptr,
+                       .out = out_ptr + (p.row * n + p.column) * out.element_size(),
                        .rows = p.rows,
                        .columns = p.columns,
                        .depth = k,

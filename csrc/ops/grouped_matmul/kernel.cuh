@@ -14,11 +14,11 @@ MERGEME_HD grouped::TileGrid tile_grid(const Params& p, int64_t height, int64_t 
 // One tile of one expert's product. Rows count within out's rows: tokens (nt, nn), or N1 (tn).
 struct Tile {
   int64_t expert;
-  int64_t row;      // first row
-  int64_t end;      // rows end here
-  int64_t column;   // first column
-  int64_t token;    // tn: the expert's first token
-  int64_t depth;    // length of the reduction
+  int64_t row;     // first row
+  int64_t end;     // rows end here
+  int64_t column;  // first column
+  int64_t token;   // tn: the expert's first token
+  int64_t depth;   // length of the reduction
 };
 
 template <Layout kLayout>
@@ -30,11 +30,11 @@ __device__ __forceinline__ Tile find_tile(const Params& p, const grouped::TileGr
     const int64_t tiles = ceil_div(p.a_columns, height), expert = row_tile / tiles;
     const int64_t begin = p.expert_offsets[expert], end = p.expert_offsets[expert + 1];
     MERGEME_DEVICE_ASSERT(0 <= begin && begin <= end && end <= p.num_tokens);
-    return {expert,      row_tile % tiles * height, p.a_columns, column_tile * width, begin,
+    return {expert,     row_tile % tiles * height, p.a_columns, column_tile * width, begin,
             end - begin};
   } else {
-    const auto tile = grouped::find_row_tile(p.expert_offsets, p.num_experts, p.num_tokens, height,
-                                             row_tile);
+    const auto tile =
+        grouped::find_row_tile(p.expert_offsets, p.num_experts, p.num_tokens, height, row_tile);
     return {tile.expert, tile.row, tile.end, column_tile * width, 0, p.a_columns};
   }
 }
@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grouped_matmul_kernel(P
   const T* a = static_cast<const T*>(p.a);
   const T* b = static_cast<const T*>(p.b);
   T* out = static_cast<T*>(p.out);
-  if (blockIdx.x == 0)
-    grouped::check_expert_offsets(p.expert_offsets, p.num_experts, p.num_tokens);
+  if (blockIdx.x == 0) grouped::check_expert_offsets(p.expert_offsets, p.num_experts, p.num_tokens);
   const auto grid = tile_grid(p, kTile, kTile);
   for (int64_t number = blockIdx.x; number < grid.count(); number += gridDim.x) {
     const Tile tile = find_tile<kLayout>(p, grid, number, kTile, kTile);
@@ -71,15 +70,14 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grouped_matmul_kernel(P
     } else {
       constexpr bool kNt = kLayout == Layout::kNt;
       const T* from_a = a + tile.row * p.a_columns;
-      const T* from_b = b + tile.expert * p.out_columns * p.a_columns +
-                        tile.column * (kNt ? p.a_columns : 1);
+      const T* from_b =
+          b + tile.expert * p.out_columns * p.a_columns + tile.column * (kNt ? p.a_columns : 1);
       grouped::multiply_tile<true, kNt>(
           shared, tile.depth,
           [&](int i, int64_t k) { return i < rows ? to_acc(from_a[i * p.a_columns + k]) : Acc{0}; },
           [&](int j, int64_t k) {
-            return j < columns
-                       ? to_acc(from_b[kNt ? j * p.a_columns + k : k * p.out_columns + j])
-                       : Acc{0};
+            return j < columns ? to_acc(from_b[kNt ? j * p.a_columns + k : k * p.out_columns + j])
+                               : Acc{0};
           },
           sum);
     }
