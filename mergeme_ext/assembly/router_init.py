@@ -12,6 +12,7 @@ __all__ = ["GATE_INPUTS", "condition", "mean_inputs", "random_rows", "rows_from_
 
 GATE_INPUTS = ("router", "residual")
 POOLS = ("mean", "last")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def mean_inputs(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        encode = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        encode = _load_tokenizer(transformers, tokenizer)
         runner = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype="auto", local_files_only=True
         )
@@ -85,6 +86,15 @@ def mean_inputs(
     if runner.num_parameters() <= 1_000_000_000:
         runner = runner.float()
     return _mean_inputs(runner.eval().model, encode, prompts, gate_input, pool, max_tokens)
+
+
+def _load_tokenizer(transformers, folder: Path):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ValueError(
+            f"gate_mode hidden: expected a tokenizer in {folder}, one of {', '.join(TOKENIZERS)}, "
+            "got none"
+        )
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @torch.inference_mode()
