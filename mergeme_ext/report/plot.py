@@ -18,6 +18,7 @@ def grouped_bars(
     axis: str,
     reference: float | None = None,
     separators: Sequence[int] = (),
+    form: str = "%.3g",
 ) -> Path:
     """Draw one group of horizontal bars per label, one bar of each series in it, values beside.
 
@@ -29,6 +30,7 @@ def grouped_bars(
         axis: What the values are, with the unit.
         reference: Draw a line at this value.
         separators: Labels before which a thin line is drawn.
+        form: Format of the values, in printf's style.
 
     Returns:
         ``file``.
@@ -49,7 +51,7 @@ def grouped_bars(
     for i, (name, values) in enumerate(series.items()):
         places = [row + (i - (len(series) - 1) / 2) * thickness for row in range(len(labels))]
         bars = axes.barh(places, values, 0.92 * thickness, label=name, color=COLOURS[i % 6])
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.bar_label(bars, fmt=form, padding=2, fontsize=7)
     if reference is not None:
         axes.axvline(reference, color="0.3", linewidth=0.8, linestyle="--")
     for row in separators:
@@ -60,8 +62,12 @@ def grouped_bars(
     axes.set_xlabel(axis)
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.6 / figure.get_figheight()),
-                frameon=False)
+    axes.legend(
+        ncols=len(series),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.6 / figure.get_figheight()),
+        frameon=False,
+    )
     figure.tight_layout()
     figure.savefig(file)
     return file
