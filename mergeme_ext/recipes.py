@@ -94,15 +94,26 @@ class Section:
         """Return ``key`` with its place, such as ``models[1].parameters.density``."""
         return f"{self.where}.{key}" if self.where else key
 
-    def allow_only(self, known: Iterable[str], *, refused: Mapping[str, str] | None = None) -> None:
-        """Refuse keys not in ``known``; ``refused`` maps further keys to the reason to give.
+    def allow_only(
+        self,
+        known: Iterable[str],
+        *,
+        tolerated: Iterable[str] = (),
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
+        """Refuse keys not in ``known``.
+
+        Args:
+            known: Keys with a meaning; the nearest of them is proposed for an unknown one.
+            tolerated: Keys that may be there but are not proposed.
+            refused: From further keys to the reason to give for refusing them.
 
         Raises:
             RecipeError: With the line of the first such key and the nearest known one.
         """
-        known = list(known)
+        known, tolerated = list(known), set(tolerated)
         for key in self._nodes:
-            if key in known:
+            if key in known or key in tolerated:
                 continue
             if refused and key in refused:
                 raise self.error(f"key {key!r}{self._in()}: {refused[key]}", key)

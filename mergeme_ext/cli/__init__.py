@@ -15,6 +15,7 @@ COMMANDS = (
     "merge",
     "moe",
     "info",
+    "demo",
 )
 
 # Exit codes: the user can mend it; the user stopped it.

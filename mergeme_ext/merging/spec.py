@@ -185,7 +185,7 @@ def _check_keys(section: Section, method: MergeMethod, *, per_model: bool) -> No
         for k in kinds
         if k.key not in known
     }
-    section.allow_only([*known, *(() if per_model else _WITHOUT_EFFECT)], refused=refused)
+    section.allow_only(known, tolerated=() if per_model else _WITHOUT_EFFECT, refused=refused)
 
 
 def _read_value(section: Section | None, parameter: registry.Parameter, num_models: int) -> Any:

@@ -17,7 +17,7 @@ def pair(low, high):
     return np.uint32(low) | np.uint32(high) << np.uint32(16)
 
 
-# PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": where element i of a lane is.
+# PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": a lane's element i.
 def a_place(lane, i):
     row = lane // 4 if i in (0, 1, 4, 5) else lane // 4 + 8
     column = lane % 4 * 2 + (i & 1) + (8 if i >= 4 else 0)

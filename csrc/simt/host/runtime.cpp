@@ -94,7 +94,9 @@ std::string place(const Thread& t) {
   return "[block " + text(blockIdx) + " thread " + text(t.id) + "]";
 }
 std::string source(const Where& w) {
-  return std::string(w.file_name()) + ":" + std::to_string(w.line());
+  const std::string file = w.file_name();
+  const size_t root = file.find("csrc/");  // the build's own prefix says nothing
+  return file.substr(root == std::string::npos ? 0 : root) + ":" + std::to_string(w.line());
 }
 std::string hex(unsigned mask) {
   char out[16];
@@ -284,7 +286,7 @@ void begin_launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   rt.order.resize(rt.num_threads);
   std::iota(rt.order.begin(), rt.order.end(), 0u);
   if (rt.schedule == Schedule::kReverse) std::reverse(rt.order.begin(), rt.order.end());
-  rt.random.seed(rt.seed);
+  if (rt.schedule == Schedule::kShuffled) rt.random.seed(rt.seed);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(rt.shared, sizeof rt.shared);
   __asan_poison_memory_region(rt.shared + shared_bytes, sizeof rt.shared - shared_bytes);
@@ -370,6 +372,8 @@ bool is_shared(const void* p, size_t bytes) {
 void fail(const std::string& what) {
   throw std::runtime_error(std::string(rt.name) + ": " + what + " " + place(*rt.current));
 }
+
+void fail_at(const std::string& what, Where where) { fail(what + " at " + source(where)); }
 
 unsigned block_barrier(const char* call, bool predicate, Where where) {
   Barrier& b = rt.barrier;

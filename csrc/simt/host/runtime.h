@@ -59,6 +59,7 @@ bool is_shared(const void* p, size_t bytes);
 
 // Ends the launch with `what`, the kernel's name, the block and the thread.
 [[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail_at(const std::string& what, Where where);
 
 // Waits until every thread of the block has called; returns how many gave a true `predicate`.
 unsigned block_barrier(const char* call, bool predicate, Where where);

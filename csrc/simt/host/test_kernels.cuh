@@ -215,6 +215,7 @@ __global__ void bad_mask_kernel(Params p) {
   if (p.n == 1 && threadIdx.x != 5) __syncwarp();
   if (p.n == 2) __syncwarp(kFullWarp);  // launched with 40 threads
   if (p.n == 3) __syncwarp(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u);
+  if (p.n == 4) __syncwarp(threadIdx.x < 16 ? 0xffffffffu : 0xffff8000u);
 }
 __global__ void bad_two_calls_kernel(Params) {
   if (threadIdx.x < 16) {
