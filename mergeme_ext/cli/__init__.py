@@ -13,7 +13,9 @@ __all__ = ["main"]
 # Each module defines HELP, add_arguments(parser) and run(args).
 COMMANDS = (
     "merge",
+    "moe",
     "info",
+    "demo",
 )
 
 # Exit codes: the user can mend it; the user stopped it.
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mergeme {args.command}: stopped; nothing was written", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         if args.traceback:
             raise
         print(f"mergeme {args.command}: {_one_line(error)}", file=sys.stderr)

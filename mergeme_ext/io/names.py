@@ -11,6 +11,7 @@ __all__ = [
     "HEAD",
     "Part",
     "PartKind",
+    "dense_shapes",
     "ffn_name",
     "mixtral_expert_name",
     "mixtral_router_name",
@@ -94,3 +95,32 @@ def mixtral_expert_name(layer: int, expert: int, role: str) -> str:
     """Return the name of an expert's weight on disk; ``role`` is ``gate``, ``up`` or ``down``."""
     kind = _MIXTRAL_ROLES[role]
     return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{kind}.weight"
+
+
+def dense_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight of a LLaMA or Mistral model, embedding first.
+
+    Args:
+        config: ``config.json`` with no size left to a default; without biases.
+    """
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            ffn_name(layer, "gate"): (inner, hidden),
+            ffn_name(layer, "up"): (inner, hidden),
+            ffn_name(layer, "down"): (hidden, inner),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes[HEAD] = (config["vocab_size"], hidden)
+    return shapes
