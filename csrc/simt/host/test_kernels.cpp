@@ -37,6 +37,8 @@ const std::map<std::string, void (*)(Params)> kKernels = {
     {"bad_shared_store", bad_shared_store_kernel},
     {"bad_global_store", bad_global_store_kernel},
     {"bad_overflow", bad_overflow_kernel},
+    {"bad_alignment", bad_alignment_kernel},
+    {"bad_dangling", bad_dangling_kernel},
     {"bad_copy", bad_copy_kernel},
     {"stack", stack_kernel},
 };

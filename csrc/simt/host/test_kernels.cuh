@@ -237,6 +237,20 @@ __global__ void bad_overflow_kernel(Params p) {
   const auto x = static_cast<int32_t>(p.n);
   static_cast<int32_t*>(p.out)[0] = x + x;
 }
+__global__ void bad_alignment_kernel(Params p) {
+  auto* at = static_cast<unsigned char*>(p.out) + 1;
+  *reinterpret_cast<uint32_t*>(at) = 1;
+}
+// Reads a variable of a scope that was left, after another thread has run.
+__global__ void bad_dangling_kernel(Params p) {
+  volatile uint32_t* stale = nullptr;
+  {
+    volatile uint32_t value = threadIdx.x;
+    stale = &value;
+    __syncthreads();
+  }
+  static_cast<uint32_t*>(p.out)[threadIdx.x] = *stale;
+}
 // Copies: misaligned source, misaligned destination, destination outside shared memory.
 __global__ void bad_copy_kernel(Params p) {
   auto* shared = dynamic_shared<unsigned char>();
