@@ -16,7 +16,7 @@ from mergeme_ext.merging.registry import Combine, Scope, merge_method
 from mergeme_ext.merging.sparsify import keep_random, mask_key
 
 
-@merge_method("dare_linear", paper="Yu et al. 2023, arXiv:2311.03099", scope=Scope.TENSOR)
+@merge_method("dare_linear", paper="Yu et al. 2024, arXiv:2311.03099", scope=Scope.TENSOR)
 def dare_linear(
     base: Tensor,
     tensors: Sequence[Tensor],
