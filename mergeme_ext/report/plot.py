@@ -62,12 +62,7 @@ def grouped_bars(
     axes.set_xlabel(axis)
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        ncols=len(series),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.6 / figure.get_figheight()),
-        frameon=False,
-    )
-    figure.tight_layout()
+    figure.legend(ncols=len(series), loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     figure.savefig(file)
     return file
