@@ -30,7 +30,7 @@ class Training:
         clip: Longest gradient.
     """
 
-    steps: int = 30
+    steps: int = 24
     rows: int = 2
     row_tokens: int = 256
     learning_rate: float = 2e-4

@@ -52,7 +52,7 @@ def test_unknown_names_are_refused(name):
 
 
 def write_gguf(path, architecture="llama"):
-    """Write a GGUF file with the reference library; return its weights as transformers names them."""
+    """Write a GGUF file by the reference library; return its weights as transformers names them."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(128)

@@ -7,7 +7,15 @@ import torch
 import yaml
 
 from mergeme_ext import cli
-from mergeme_ext.demo import DemoSettings, InputsMissing, base_model, corpora, pipeline, run_demo
+from mergeme_ext.demo import (
+    DemoSettings,
+    InputsMissing,
+    base_model,
+    corpora,
+    models,
+    pipeline,
+    run_demo,
+)
 from mergeme_ext.demo.models import Made
 from mergeme_ext.demo.packages import PackageError
 from mergeme_ext.demo.results import Result, best_moe, findings, table
@@ -81,7 +89,9 @@ def test_second_run_makes_nothing(first_run, place, monkeypatch):
     assert sum("from the cache" in line for line in lines) == 2 + 9 + 12
 
 
-def test_other_settings_make_other_experts(first_run, place):
+def test_other_settings_make_other_experts(first_run, place, monkeypatch):
+    monkeypatch.setattr(models, "METHODS", {"mean": models.METHODS["mean"]})
+    monkeypatch.setattr(models, "ROUTERS", {"random": models.ROUTERS["random"]})
     lines = []
     other = dataclasses.replace(place, steps=1, out=place.out.with_name("other"))
     run_demo(other, lines.append)
