@@ -89,6 +89,10 @@ class CMakeBuild(build_ext):
         torch_root = Path(torch.__file__).parent
         includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
         build = Path(self.build_temp).resolve()
+        if self.inplace and ROOT not in build.parents:
+            # An editable install builds in a temporary folder; here it goes on where the last
+            # build in the tree stopped.
+            build = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         target = ROOT / "mergeme_ext" if self.inplace else Path(self.build_lib) / "mergeme_ext"
         arguments = [
             "-G",

@@ -1,0 +1,25 @@
+#pragma once
+#include <cstdint>
+
+#include "csrc/common/numeric.h"
+
+namespace mergeme::grouped_matmul {
+
+enum class Layout : int32_t { kNt, kNn, kTn };
+
+struct Params {
+  void* out;                      // nt, nn: [M, N]; tn: [E, N1, N2]
+  const void* a;                  // nt, nn: [M, K]; tn: [M, N1]
+  const void* b;                  // nt: [E, N, K]; nn: [E, K, N]; tn: [M, N2]
+  const int32_t* expert_offsets;  // [E + 1], non-decreasing from 0 to num_tokens
+  int64_t num_tokens;             // M
+  int64_t num_experts;            // E, at least 1
+  int64_t a_columns;              // nt, nn: K; tn: N1
+  int64_t out_columns;            // nt, nn: N; tn: N2
+  Layout layout;
+  DType dtype;
+};
+
+void launch(const Params& params, void* stream);
+
+}  // namespace mergeme::grouped_matmul

@@ -1,0 +1,34 @@
+#include "csrc/ops/sort_by_expert/kernel.cuh"
+#include "csrc/simt/launch.h"
+
+namespace mergeme::sort_by_expert {
+namespace {
+
+template <bool kShared>
+void run(const Params& p, void* stream) {
+  const simt::LaunchConfig warps{
+      .grid = static_cast<unsigned>(p.num_chunks),
+      .block = simt::kWarpSize,
+      .shared_bytes = kShared ? sizeof(int32_t) * static_cast<size_t>(p.num_experts) : 0,
+      .stream = stream};
+  simt::launch("sort_by_expert count", warps, count_kernel<kShared>, p);
+  simt::launch("sort_by_expert scan",
+               {.grid = 1,
+                .block = kScanThreads,
+                .shared_bytes = 2 * kScanThreads * sizeof(int32_t),
+                .stream = stream},
+               scan_kernel, p);
+  simt::launch("sort_by_expert place", warps, place_kernel<kShared>, p);
+}
+
+}  // namespace
+
+void launch(const Params& p, void* stream) {
+  constexpr int64_t kSharedExperts = 4096;  // 16 KB of counters: a dozen warps still share an SM
+  if (p.num_experts <= kSharedExperts)
+    run<true>(p, stream);
+  else
+    run<false>(p, stream);
+}
+
+}  // namespace mergeme::sort_by_expert

@@ -1,0 +1,7 @@
+#include "csrc/common/torch_glue.h"
+
+MERGEME_SCHEMA(m) {
+  m.def(
+      "sort_by_expert(Tensor topk_ids, int num_experts) -> "
+      "(Tensor expert_offsets, Tensor permutation, Tensor inverse)");
+}

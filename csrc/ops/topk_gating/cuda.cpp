@@ -1,0 +1,61 @@
+#include "csrc/ops/topk_gating/checks.h"
+#include "csrc/ops/topk_gating/params.h"
+
+namespace mergeme::topk_gating {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> run_device(const at::Tensor& logits,
+                                              const std::optional<at::Tensor>& bias, int64_t top_k,
+                                              c10::string_view score, bool renormalize,
+                                              double scale) {
+  const Score kind = check(logits, bias, top_k, score);
+  const DeviceScope device(logits);
+  const at::Tensor z = logits.contiguous();
+  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor ids = at::empty({z.size(0), top_k}, z.options().dtype(at::kInt));
+  const at::Tensor weights = at::empty({z.size(0), top_k}, z.options().dtype(weight_type(z)));
+  launch({.logits = z.const_data_ptr(),
+          .bias = b.defined() ? b.const_data_ptr<float>() : nullptr,
+          .ids = ids.mutable_data_ptr<int32_t>(),
+          .weights = weights.mutable_data_ptr(),
+          .num_tokens = z.size(0),
+          .num_experts = z.size(1),
+          .top_k = top_k,
+          .scale = scale,
+          .dtype = dtype_of(z),
+          .score = kind,
+          .renormalize = renormalize},
+         device.stream());
+  return {ids, weights};
+}
+
+at::Tensor run_device_backward(const at::Tensor& grad, const at::Tensor& logits,
+                               const at::Tensor& topk_ids, c10::string_view score, bool renormalize,
+                               double scale) {
+  const Score kind = check_backward(grad, logits, topk_ids, score);
+  const DeviceScope device(logits);
+  const at::Tensor g = grad.contiguous(), z = logits.contiguous(), ids = topk_ids.contiguous();
+  const at::Tensor out = at::empty(z.sizes(), z.options());
+  launch_backward({.grad = g.const_data_ptr(),
+                   .logits = z.const_data_ptr(),
+                   .ids = ids.const_data_ptr<int32_t>(),
+                   .grad_logits = out.mutable_data_ptr(),
+                   .num_tokens = z.size(0),
+                   .num_experts = z.size(1),
+                   .top_k = ids.size(1),
+                   .scale = scale,
+                   .dtype = dtype_of(z),
+                   .score = kind,
+                   .renormalize = renormalize},
+                  device.stream());
+  return out;
+}
+
+}  // namespace
+
+MERGEME_DEVICE_IMPL(m) {
+  m.impl("topk_gating", run_device);
+  m.impl("topk_gating_backward", run_device_backward);
+}
+
+}  // namespace mergeme::topk_gating

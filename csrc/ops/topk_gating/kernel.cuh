@@ -1,0 +1,178 @@
+#pragma once
+#include "csrc/ops/topk_gating/params.h"
+#include "csrc/ops/topk_gating/scores.h"
+#include "csrc/simt/device.cuh"
+
+namespace mergeme::topk_gating {
+
+__device__ __forceinline__ int32_t warp_max(int32_t x) {
+  return __reduce_max_sync(simt::kFullWarp, x);
+}
+// Exact, so the order of the folding does not matter; NaN is never larger.
+template <typename T>
+__device__ __forceinline__ T warp_max(T x) {
+  for (int step = 16; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(simt::kFullWarp, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+// Halves onto halves: every lane adds the same pairs, so all hold the same bits.
+template <typename A>
+__device__ __forceinline__ A warp_sum(A x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(simt::kFullWarp, x, step);
+  return x;
+}
+
+template <typename A>
+struct Normalizer {
+  A top;  // the largest level
+  A sum;  // of the shares
+};
+
+// Over items 0 to n - 1 of a row, item i in lane i % 32; z_at(i) is called by that lane only.
+template <typename A, typename At>
+__device__ Normalizer<A> normalizer(Score score, int64_t n, At z_at) {
+  const int64_t lane = simt::lane_id();
+  A top = minus_infinity<A>();
+  for (int64_t i = lane; i < n; i += kLanes) {
+    const A x = level(score, z_at(i));
+    top = x > top ? x : top;
+  }
+  top = finite_top(warp_max(top));
+  A sum = 0;
+  for (int64_t i = lane; i < n; i += kLanes) sum += share(score, z_at(i), top);
+  return {top, nonzero_sum(warp_sum(sum))};
+}
+
+// ids[t] = the top_k experts of token t by score(logits[t]) + bias, weights[t] = their scores,
+// normalised and scaled. One warp owns a token: lane l holds the keys of experts l, l + 32, ... in
+// registers, and each of top_k rounds takes the largest key left, of equal ones the lowest expert.
+// With kPerLane = 0 nothing is held: a round looks again at every expert that comes after the last
+// one taken. The lane that writes slot k is the one that reads it back, so no barrier is needed.
+template <typename T, int kPerLane>
+__global__ void topk_kernel(Params p) {
+  using A = acc_t<T>;
+  using Key = key_t<A>;
+  const int64_t lane = simt::lane_id();
+  const int64_t warps_per_block = blockDim.x / simt::kWarpSize;
+  const int64_t step = gridDim.x * warps_per_block;
+  const A scale = static_cast<A>(p.scale);
+  const bool softmax = p.score == Score::kSoftmax;
+  for (int64_t t = blockIdx.x * warps_per_block + simt::warp_id(); t < p.num_tokens; t += step) {
+    const T* logits = static_cast<const T*>(p.logits) + t * p.num_experts;
+    int32_t* ids = p.ids + t * p.top_k;
+    A* weights = static_cast<A*>(p.weights) + t * p.top_k;
+    const auto logit = [&](int64_t e) { return to_acc(logits[e]); };
+    Normalizer<A> all{A(0), A(1)};
+    if (softmax && (p.bias != nullptr || !p.renormalize))
+      all = normalizer<A>(p.score, p.num_experts, logit);
+    // Without a bias the logits' order is the scores', without the ties that rounding makes.
+    const auto key_at = [&](int64_t e) {
+      A x = logit(e);
+      if (p.bias != nullptr)
+        x = (softmax ? share(p.score, x, all.top) / all.sum : sigmoid(x)) + A(p.bias[e]);
+      return order_key(x);
+    };
+
+    [[maybe_unused]] Key keys[kPerLane > 0 ? kPerLane : 1];
+#pragma unroll
+    for (int r = 0; r < kPerLane; ++r) {
+      const int64_t e = lane + r * kLanes;
+      keys[r] = e < p.num_experts ? key_at(e) : kTakenKey<A>;
+    }
+    Key last = kNanKey<A>;
+    int32_t taken = -1;
+    bool has_nan = false;
+    for (int64_t k = 0; k < p.top_k; ++k) {
+      Key best = kTakenKey<A>;
+      int32_t expert = std::numeric_limits<int32_t>::max();
+      if constexpr (kPerLane > 0) {
+#pragma unroll
+        for (int r = 0; r < kPerLane; ++r)
+          if (keys[r] > best) {
+            best = keys[r];
+            expert = static_cast<int32_t>(lane) + r * kLanes;
+          }
+      } else {
+        for (int64_t e = lane; e < p.num_experts; e += kLanes) {
+          const Key key = key_at(e);
+          if (key > best && (key < last || (key == last && e > taken))) {
+            best = key;
+            expert = static_cast<int32_t>(e);
+          }
+        }
+      }
+      last = warp_max(best);
+      taken = __reduce_min_sync(simt::kFullWarp,
+                                best == last ? expert : std::numeric_limits<int32_t>::max());
+#pragma unroll
+      for (int r = 0; r < kPerLane; ++r)
+        if (lane + r * kLanes == taken) keys[r] = kTakenKey<A>;
+      if (lane == k % kLanes) ids[k] = taken;
+      has_nan = has_nan || last == kNanKey<A>;
+    }
+
+    const auto selected = [&](int64_t k) { return to_acc(logits[ids[k]]); };
+    if (p.renormalize) all = normalizer<A>(p.score, p.top_k, selected);
+    for (int64_t k = lane; k < p.top_k; k += kLanes) {
+      const A z = selected(k);
+      const A w = softmax || p.renormalize ? share(p.score, z, all.top) / all.sum : sigmoid(z);
+      weights[k] = has_nan ? std::numeric_limits<A>::quiet_NaN() : w * scale;
+    }
+  }
+}
+
+// grad_logits from grad, the gradient of the weights w = scale * v, with s = sum_i v_i grad_i over
+// the selected experts:
+//   softmax, renormalised    scale * v_j (grad_j - s) where selected, 0 elsewhere
+//   softmax                  scale * p_j (grad_j - s) where selected, -scale * p_j s elsewhere
+//   sigmoid, renormalised    scale * v_j (1 - sigmoid(z_j)) (grad_j - s) where selected, 0
+//   elsewhere sigmoid                  scale * v_j (1 - sigmoid(z_j)) grad_j where selected, 0
+//   elsewhere
+// One warp owns a token. It fills the row, waits, then writes the selected: ids are distinct, so
+// lanes write apart.
+template <typename T>
+__global__ void backward_kernel(BackwardParams p) {
+  using A = acc_t<T>;
+  const int64_t lane = simt::lane_id();
+  const int64_t warps_per_block = blockDim.x / simt::kWarpSize;
+  const int64_t step = gridDim.x * warps_per_block;
+  const A scale = static_cast<A>(p.scale);
+  const bool softmax = p.score == Score::kSoftmax, normalized = softmax || p.renormalize;
+  for (int64_t t = blockIdx.x * warps_per_block + simt::warp_id(); t < p.num_tokens; t += step) {
+    const T* logits = static_cast<const T*>(p.logits) + t * p.num_experts;
+    T* out = static_cast<T*>(p.grad_logits) + t * p.num_experts;
+    const int32_t* ids = p.ids + t * p.top_k;
+    const A* grad = static_cast<const A*>(p.grad) + t * p.top_k;
+    const auto selected = [&](int64_t k) {
+      MERGEME_DEVICE_ASSERT(ids[k] >= 0 && ids[k] < p.num_experts);
+      return to_acc(logits[ids[k]]);
+    };
+    Normalizer<A> all{A(0), A(1)};
+    A s = 0;
+    if (normalized) {
+      all = p.renormalize ? normalizer<A>(p.score, p.top_k, selected)
+                          : normalizer<A>(p.score, p.num_experts,
+                                          [&](int64_t e) { return to_acc(logits[e]); });
+      for (int64_t k = lane; k < p.top_k; k += kLanes)
+        s += share(p.score, selected(k), all.top) / all.sum * grad[k];
+      s = warp_sum(s);
+    }
+    for (int64_t e = lane; e < p.num_experts; e += kLanes) {
+      A x = 0;
+      if (softmax && !p.renormalize)
+        x = scale * (share(p.score, to_acc(logits[e]), all.top) / all.sum * -s);
+      out[e] = from_acc<T>(x);
+    }
+    __syncwarp();
+    for (int64_t k = lane; k < p.top_k; k += kLanes) {
+      const A z = selected(k);
+      A v = normalized ? share(p.score, z, all.top) / all.sum : sigmoid(z);
+      if (!softmax) v *= sigmoid_complement(z);
+      out[ids[k]] = from_acc<T>(scale * (v * (grad[k] - s)));
+    }
+  }
+}
+
+}  // namespace mergeme::topk_gating

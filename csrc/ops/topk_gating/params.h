@@ -1,0 +1,41 @@
+#pragma once
+#include <cstdint>
+
+#include "csrc/common/numeric.h"
+
+namespace mergeme::topk_gating {
+
+enum class Score : int32_t { kSoftmax, kSigmoid };
+
+struct Params {
+  const void* logits;  // [T, E]
+  const float* bias;   // [E], or null
+  int32_t* ids;        // [T, K], out
+  void* weights;       // [T, K], out; float, double for float64 logits
+  int64_t num_tokens;
+  int64_t num_experts;  // below 2^31 - 1
+  int64_t top_k;        // in [1, num_experts]
+  double scale;
+  DType dtype;  // of logits
+  Score score;
+  bool renormalize;
+};
+
+struct BackwardParams {
+  const void* grad;    // [T, K], the type of the weights
+  const void* logits;  // [T, E]
+  const int32_t* ids;  // [T, K], distinct in a row, each in [0, E)
+  void* grad_logits;   // [T, E], out, the type of logits
+  int64_t num_tokens;
+  int64_t num_experts;
+  int64_t top_k;
+  double scale;
+  DType dtype;
+  Score score;
+  bool renormalize;
+};
+
+void launch(const Params& params, void* stream);
+void launch_backward(const BackwardParams& params, void* stream);
+
+}  // namespace mergeme::topk_gating

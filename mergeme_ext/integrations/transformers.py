@@ -1,0 +1,96 @@
+"""Runs the Mixture-of-Experts blocks of a transformers model with the package's ops."""
+
+from types import MethodType, TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from mergeme_ext.moe.experts import run_experts
+from mergeme_ext.moe.layer import check_silu
+from mergeme_ext.ops import topk_gating
+
+__all__ = ["SwappedExperts", "use_mergeme_experts"]
+
+
+class SwappedExperts:
+    """The blocks that ``use_mergeme_experts`` changed; ``with`` puts them back at its end."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.blocks = blocks
+
+    def restore(self) -> None:
+        """Give the blocks their stock forward back."""
+        for block in self.blocks:
+            vars(block.gate).pop("forward", None)
+            vars(block.experts).pop("forward", None)
+
+    def __enter__(self) -> "SwappedExperts":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+
+def use_mergeme_experts(model: nn.Module) -> SwappedExperts:
+    """Let every Mixtral block in ``model`` compute as ``mergeme_ext.moe.MoELayer`` does.
+
+    Modules, parameters and their names stay as they are, so that saving, hooks,
+    ``output_router_logits`` and training work as before; only what the router and the experts
+    execute changes.
+
+    Args:
+        model: Holds at least one ``MixtralSparseMoeBlock`` (``MixtralForCausalLM``, for one).
+
+    Returns:
+        A handle. Ignore it to keep the change; use it in a ``with`` statement, or call its
+        ``restore()``, to undo it.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: The model has no such block, or its activation is not SiLU.
+    """
+    try:
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError as error:
+        raise ImportError(
+            "use_mergeme_experts: expected transformers 5 to be installed; "
+            f"run: pip install 'mergeme_ext[hf]' ({error})"
+        ) from error
+    blocks = [module for module in model.modules() if isinstance(module, MixtralSparseMoeBlock)]
+    if not blocks:
+        raise ValueError(
+            "use_mergeme_experts: expected a model with MixtralSparseMoeBlock modules, "
+            f"got {type(model).__name__} without one"
+        )
+    for block in blocks:
+        check_silu(block.experts)
+    for block in blocks:
+        # Bound methods, not closures: a deep copy of the model must run its own weights.
+        block.gate.forward = MethodType(_route, block.gate)
+        block.experts.forward = MethodType(_run, block.experts)
+    return SwappedExperts(blocks)
+
+
+def _route(gate: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The router in the order that transformers' blocks unpack: logits, weights, ids."""
+    tokens = hidden_states.reshape(-1, gate.weight.shape[1])
+    logits = nn.functional.linear(tokens, gate.weight)
+    topk_ids, topk_weights = topk_gating(logits, None, gate.top_k)
+    return logits, topk_weights, topk_ids
+
+
+def _run(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    return run_experts(
+        hidden_states,
+        experts.gate_up_proj,
+        experts.down_proj,
+        top_k_index.to(torch.int32),
+        top_k_weights,
+    )

@@ -1,0 +1,20 @@
+"""Checkpoints on disk: lazy reading, all-or-nothing writing, and what their tensors are called."""
+
+from mergeme_ext.io import names
+from mergeme_ext.io.companions import copy_companions, portable_name, with_dtype
+from mergeme_ext.io.format import CheckpointError, TensorInfo, dtype_name, parse_size
+from mergeme_ext.io.sink import CheckpointSink
+from mergeme_ext.io.source import CheckpointSource
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointSink",
+    "CheckpointSource",
+    "TensorInfo",
+    "copy_companions",
+    "dtype_name",
+    "names",
+    "parse_size",
+    "portable_name",
+    "with_dtype",
+]

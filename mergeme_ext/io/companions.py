@@ -1,0 +1,69 @@
+"""The files beside the weights: configuration, tokenizer, chat template."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergeme_ext.io.format import dtype_name
+from mergeme_ext.io.sink import TEMPLATES, CheckpointSink
+from mergeme_ext.io.source import CheckpointSource
+
+__all__ = ["copy_companions", "portable_name", "with_dtype"]
+
+# config.json and README.md are written, not copied: the merge changes what they say.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+def copy_companions(source: CheckpointSource, sink: CheckpointSink) -> list[str]:
+    """Copy what belongs to a model besides weights and ``config.json``; return the names.
+
+    Python files come along if ``config.json`` refers to them (``auto_map``); nothing runs them.
+    """
+    wanted = [source.path / name for name in COMPANIONS]
+    wanted += sorted((source.path / TEMPLATES).glob("*.jinja"))
+    if "auto_map" in source.config:
+        wanted += sorted(source.path.glob("*.py"))
+    names = []
+    for path in wanted:
+        if path.is_file():
+            names.append(path.relative_to(source.path).as_posix())
+            sink.copy_file(path, names[-1])
+    return names
+
+
+def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return ``config`` with ``dtype`` in it, under whichever of its two names it uses."""
+    out = json.loads(json.dumps(config))
+    if dtype is not None and out:
+        keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
+        out.update(dict.fromkeys(keys, dtype_name(dtype)))
+    return out
+
+
+def portable_name(path: str | Path) -> str:
+    """Return what to call a model folder in public, which is never the path to it.
+
+    It is the hub name if the folder lies in a Hugging Face cache, else the folder's own name.
+    """
+    parts = Path(path).resolve().parts
+    for cached, kind in itertools.pairwise(parts):
+        if cached.startswith("models--") and kind == "snapshots":
+            return cached.removeprefix("models--").replace("--", "/", 1)
+    return parts[-1]

@@ -1,0 +1,126 @@
+"""Which tensor plays which part, per architecture; the only place that holds such names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Part",
+    "PartKind",
+    "dense_shapes",
+    "ffn_name",
+    "mixtral_expert_name",
+    "mixtral_router_name",
+    "part_of",
+    "supported",
+]
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# Decoders whose tensors are named as below; Mistral differs from LLaMA only in its config.
+MODEL_TYPES = ("llama", "mistral")
+
+
+class PartKind(Enum):
+    """What a tensor of a decoder is for."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    FFN = "ffn"
+    NORM = "norm"
+    HEAD = "head"
+    BUFFER = "buffer"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's part: its kind, its layer (None outside the stack), its role in there.
+
+    Roles: ``q``, ``k``, ``v``, ``o`` of attention; ``gate``, ``up``, ``down`` of an FFN; ``input``,
+    ``post_attention``, ``final`` of norms; ``embedding``, ``head``, ``inv_freq`` of the rest.
+    ``bias`` tells a bias from a weight.
+    """
+
+    kind: PartKind
+    layer: int | None
+    role: str
+    bias: bool = False
+
+
+_LAYER = r"model\.layers\.(\d+)\."
+_PATTERNS = [
+    (re.compile(_LAYER + r"self_attn\.([qkvo])_proj\.(weight|bias)"), PartKind.ATTENTION),
+    (re.compile(_LAYER + r"mlp\.(gate|up|down)_proj\.(weight|bias)"), PartKind.FFN),
+    (re.compile(_LAYER + r"(input|post_attention)_layernorm\.(weight)"), PartKind.NORM),
+    (re.compile(_LAYER + r"self_attn\.rotary_emb\.(inv_freq)()"), PartKind.BUFFER),
+]
+_OUTSIDE = {
+    EMBEDDING: Part(PartKind.EMBEDDING, None, "embedding"),
+    HEAD: Part(PartKind.HEAD, None, "head"),
+    "model.norm.weight": Part(PartKind.NORM, None, "final"),
+}
+_MIXTRAL_ROLES = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
+def supported(config: Mapping[str, Any]) -> bool:
+    """Whether ``part_of`` knows the tensor names of models with this ``config.json``."""
+    return config.get("model_type") in MODEL_TYPES
+
+
+def part_of(name: str) -> Part | None:
+    """Return the part that tensor ``name`` plays in a LLaMA or Mistral decoder; None if none."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    for pattern, kind in _PATTERNS:
+        if match := pattern.fullmatch(name):
+            return Part(kind, int(match[1]), match[2], match[3] == "bias")
+    return None
+
+
+def ffn_name(layer: int, role: str) -> str:
+    """Return the name of an FFN weight, ``role`` being ``gate``, ``up`` or ``down``."""
+    return f"model.layers.{layer}.mlp.{role}_proj.weight"
+
+
+def mixtral_router_name(layer: int) -> str:
+    """Return the name of a Mixtral layer's router weight ``[E, H]``, as it is on disk."""
+    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+
+
+def mixtral_expert_name(layer: int, expert: int, role: str) -> str:
+    """Return the name of an expert's weight on disk; ``role`` is ``gate``, ``up`` or ``down``."""
+    kind = _MIXTRAL_ROLES[role]
+    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{kind}.weight"
+
+
+def dense_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight of a LLaMA or Mistral model, embedding first.
+
+    Args:
+        config: ``config.json`` with no size left to a default; without biases.
+    """
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            ffn_name(layer, "gate"): (inner, hidden),
+            ffn_name(layer, "up"): (inner, hidden),
+            ffn_name(layer, "down"): (hidden, inner),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes[HEAD] = (config["vocab_size"], hidden)
+    return shapes

@@ -1,0 +1,447 @@
+"""Writes checkpoints at known offsets; the folder appears under its name only when complete."""
+
+import bisect
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import signal
+import stat
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeme_ext.io.format import (
+    DTYPES,
+    CheckpointError,
+    TensorInfo,
+    dtype_name,
+    encode_header,
+    parse_size,
+)
+from mergeme_ext.io.source import INDEX, SINGLE
+
+__all__ = ["CheckpointSink"]
+
+# Beyond the tensors: config, tokenizer, index, file system overhead.
+_SPARE_BYTES = 32 * 2**20
+# The only subfolder that a checkpoint has; one with others is never overwritten.
+TEMPLATES = "additional_chat_templates"
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+def _as_info(tensor: Any) -> TensorInfo:
+    name, dtype, shape = (
+        tensor if isinstance(tensor, tuple) else (tensor.name, tensor.dtype, tensor.shape)
+    )
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f"tensor {name!r}: safetensors has no dtype {dtype_name(dtype)}")
+    return TensorInfo(name, dtype, tuple(shape))
+
+
+def _plan_shards(tensors: list[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    for shard in shards:  # wide elements first: without holes, that aligns every tensor
+        shard.sort(key=lambda t: -t.dtype.itemsize)
+    return shards
+
+
+class _Coverage:
+    """Which elements of one tensor have been written, as sorted, disjoint, joined intervals."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def add(self, start: int, end: int) -> bool:
+        """Record ``[start, end)``; False if a part of it was there already."""
+        i = bisect.bisect_right(self.starts, start)
+        if (i > 0 and self.ends[i - 1] > start) or (i < len(self.starts) and self.starts[i] < end):
+            return False
+        joins_left = i > 0 and self.ends[i - 1] == start
+        joins_right = i < len(self.starts) and self.starts[i] == end
+        if joins_left and joins_right:
+            self.ends[i - 1] = self.ends.pop(i)
+            self.starts.pop(i)
+        elif joins_left:
+            self.ends[i - 1] = end
+        elif joins_right:
+            self.starts[i] = start
+        else:
+            self.starts.insert(i, start)
+            self.ends.insert(i, end)
+        return True
+
+    def complete(self, numel: int) -> bool:
+        return numel == 0 or (self.starts == [0] and self.ends == [numel])
+
+    def first_gap(self) -> int:
+        return self.ends[0] if self.starts and self.starts[0] == 0 else 0
+
+
+class _TerminationAsExit:
+    """Turns SIGTERM and SIGHUP into SystemExit meanwhile, so that cleaning up gets its turn."""
+
+    def __enter__(self) -> None:
+        self.restore: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                self.restore[number] = signal.signal(number, self._exit)
+
+    @staticmethod
+    def _exit(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.restore.items():
+            signal.signal(number, handler)
+
+
+class CheckpointSink:
+    """Writes one checkpoint folder, all or nothing. Use it as a context manager.
+
+    Entering it makes a hidden folder beside the target, reserves the disk space of every tensor
+    and writes all headers. Leaving it without an exception checks that every element was written,
+    makes the data durable and renames the folder to its name. Any exception, Ctrl-C or SIGTERM
+    removes everything that was made.
+
+    Args:
+        path: Target folder. Missing parents are made.
+        tensors: What will be written: objects with ``name``, ``dtype`` and ``shape``, or such
+            triples. Shards are filled in this order.
+        max_shard_size: Bytes of tensor data in a file at most, as a number or as ``5GB``; a larger
+            tensor gets a file of its own.
+        metadata: Further text for the headers; ``format: pt`` is always there.
+        overwrite: Replace an existing checkpoint folder, at publication and not before.
+
+    Raises:
+        CheckpointError: Two tensors share a name, or a dtype has no name in the format.
+        FileExistsError: The target exists and may not be replaced.
+        OSError: On entering: the disk has no room.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tensors: Iterable[Any],
+        *,
+        max_shard_size: int | str = "5GB",
+        metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ):
+        self.path = Path(path)
+        self._target = Path(os.path.realpath(self.path))
+        self._overwrite = overwrite
+        self._metadata = {**(metadata or {}), "format": "pt"}
+        self._tensors: dict[str, TensorInfo] = {}
+        for info in map(_as_info, tensors):
+            if info.name in self._tensors:
+                raise CheckpointError(f"tensor {info.name!r} is planned twice")
+            self._tensors[info.name] = info
+        self._shards = _plan_shards(list(self._tensors.values()), parse_size(max_shard_size))
+        count = len(self._shards)
+        self._files = (
+            [SINGLE]
+            if count == 1
+            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        )
+        self._coverage = {name: _Coverage() for name in self._tensors}
+        self._lock = threading.Lock()
+        self._descriptors: list[int] = []
+        self._place: dict[str, tuple[int, int]] = {}  # name -> descriptor, byte offset in its file
+        self._folder: Path | None = None
+        self._made_parents: list[Path] = []
+        self._termination = _TerminationAsExit()
+        self._check_target()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(t.nbytes for t in self._tensors.values())
+
+    def _check_target(self) -> None:
+        target = self._target
+        if not os.path.lexists(target):
+            return
+        if not target.is_dir():
+            raise FileExistsError(errno.EEXIST, "exists and is no folder", str(self.path))
+        children = list(target.iterdir())
+        if not children:
+            return
+        if not self._overwrite:
+            raise FileExistsError(
+                errno.EEXIST,
+                "exists and is not empty; overwriting must be asked for",
+                str(self.path),
+            )
+        names = {child.name for child in children}
+        foreign = [c for c in children if c.is_dir() and c.name != TEMPLATES]
+        if not names & {SINGLE, INDEX, "config.json"} or foreign:
+            raise FileExistsError(
+                errno.EEXIST,
+                "does not look like a checkpoint that a merge wrote; remove it yourself",
+                str(self.path),
+            )
+
+    def __enter__(self) -> "CheckpointSink":
+        self._termination.__enter__()
+        try:
+            self._make_folder()
+            self._check_space()
+            for file, shard in zip(self._files, self._shards, strict=True):
+                self._reserve(file, shard)
+        except BaseException:
+            self._discard()
+            self._termination.__exit__()
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._discard()
+            self._termination.__exit__()
+
+    def _make_folder(self) -> None:
+        parent = self._target.parent
+        missing = []
+        while not parent.exists():
+            missing.append(parent)
+            parent = parent.parent
+        for folder in reversed(missing):
+            folder.mkdir()
+            self._made_parents.append(folder)
+        self._folder = self._target.with_name(
+            f".{self._target.name}.partial-{secrets.token_hex(4)}"
+        )
+        self._folder.mkdir()
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self._folder).free
+        needed = self.total_bytes + _SPARE_BYTES
+        if needed > free:
+            self._no_room(f"needs {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free")
+
+    def _no_room(self, reason: str) -> None:
+        raise OSError(errno.ENOSPC, f"no room for the checkpoint: {reason}", str(self.path))
+
+    def _reserve(self, file: str, shard: list[TensorInfo]) -> None:
+        header = encode_header(shard, self._metadata)
+        size = len(header) + sum(t.nbytes for t in shard)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        descriptor = os.open(self._folder / file, flags, 0o666)
+        self._descriptors.append(descriptor)
+        try:
+            _allocate(descriptor, size)
+            _write_all(descriptor, header, 0)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self._no_room(f"could not reserve {size / 1e9:.2f} GB ({error.strerror})")
+            raise
+        position = len(header)
+        for tensor in shard:
+            self._place[tensor.name] = (descriptor, position)
+            position += tensor.nbytes
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the whole of tensor ``name``.
+
+        Raises:
+            ValueError: Its shape or dtype is not the planned one, or a part was written before.
+        """
+        info = self._planned(name)
+        if tuple(tensor.shape) != info.shape:
+            raise ValueError(
+                f"tensor {name!r}: expected shape {list(info.shape)}, got {list(tensor.shape)}"
+            )
+        self.write_at(name, 0, tensor.reshape(-1))
+
+    def write_at(self, name: str, start: int, chunk: Tensor) -> None:
+        """Write elements ``start`` to ``start + len(chunk)`` of tensor ``name``.
+
+        Threads may write different chunks at once.
+
+        Args:
+            name: A planned tensor.
+            start: Flat, row-major index of the first element.
+            chunk: ``[n]``, of the planned dtype, on any device.
+
+        Raises:
+            ValueError: The dtype or range is not the planned one, or a part was written before.
+        """
+        info = self._planned(name)
+        if chunk.dtype != info.dtype:
+            raise ValueError(
+                f"tensor {name!r}: expected {dtype_name(info.dtype)}, got {dtype_name(chunk.dtype)}"
+            )
+        if chunk.dim() != 1:
+            raise ValueError(f"tensor {name!r}: expected a flat chunk, got {list(chunk.shape)}")
+        end = start + chunk.numel()
+        if not 0 <= start <= end <= info.numel:
+            raise ValueError(
+                f"tensor {name!r}: expected a part of [0, {info.numel}), got [{start}, {end})"
+            )
+        if chunk.numel() == 0:
+            return
+        with self._lock:
+            if not self._coverage[name].add(start, end):
+                raise ValueError(f"tensor {name!r}: a part of [{start}, {end}) was written before")
+        descriptor, offset = self._place[name]
+        raw = chunk.detach().cpu().contiguous().view(torch.uint8).numpy()
+        _write_all(descriptor, raw, offset + start * info.dtype.itemsize)
+
+    def _planned(self, name: str) -> TensorInfo:
+        if self._folder is None:
+            raise ValueError("the sink is not open: use it in a with statement")
+        if name not in self._tensors:
+            raise ValueError(f"tensor {name!r} was not planned")
+        return self._tensors[name]
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, UTF-8, into the folder.
+
+        Raises:
+            ValueError: ``name`` leaves the folder.
+            FileExistsError: The file was written before.
+        """
+        with self._new_path(name).open("x", encoding="utf-8") as file:
+            file.write(text)
+
+    def copy_file(self, source: str | Path, name: str | None = None) -> None:
+        """Copy ``source`` (its target, if it is a symbolic link) into the folder.
+
+        Raises:
+            ValueError: ``name`` leaves the folder, or ``source`` is no regular file.
+            FileExistsError: The file was written before.
+        """
+        source = Path(source)
+        if not stat.S_ISREG(source.stat().st_mode):
+            raise ValueError(f"{source}: expected a regular file")
+        path = self._new_path(name or source.name)
+        with source.open("rb") as reader, path.open("xb") as writer:
+            shutil.copyfileobj(reader, writer)
+
+    def _new_path(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if self._folder is None:
+            raise ValueError("the sink is not open: use it in a with statement")
+        if not parts or any(p in ("/", "..") or "\\" in p or "\0" in p for p in parts):
+            raise ValueError(f"expected a file name inside the folder, got {name!r}")
+        path = self._folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _publish(self) -> None:
+        for name, covered in self._coverage.items():
+            numel = self._tensors[name].numel
+            if not covered.complete(numel):
+                raise CheckpointError(
+                    f"tensor {name!r}: element {covered.first_gap()} of {numel} was never written"
+                )
+        if len(self._files) > 1:
+            self.write_text(INDEX, _index_text(self._files, self._shards))
+        self._close_files(durable=True)
+        for path in sorted(self._folder.rglob("*")):
+            if path.name not in self._files:
+                _sync(path)
+        _sync(self._folder)
+        self._check_target()
+        with self._old_folder_aside():
+            os.rename(self._folder, self._target)
+            self._folder = None
+        self._made_parents = []
+        _sync(self._target.parent)
+
+    @contextlib.contextmanager
+    def _old_folder_aside(self):
+        """Move a folder to be replaced out of the way; back again if the body fails."""
+        if not (self._target.is_dir() and any(self._target.iterdir())):
+            yield
+            return
+        aside = self._folder.with_name(self._folder.name.replace(".partial-", ".replaced-"))
+        os.rename(self._target, aside)
+        try:
+            yield
+        except BaseException:
+            if not self._target.exists():
+                os.rename(aside, self._target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _close_files(self, *, durable: bool) -> None:
+        while self._descriptors:
+            descriptor = self._descriptors.pop()
+            try:
+                if durable:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._close_files(durable=False)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        for folder in reversed(self._made_parents):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._made_parents = []
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Give the file its final size, with its blocks reserved where the system can."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _write_all(descriptor: int, data: Any, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view[: 2**30], offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _index_text(files: list[str], shards: list[list[TensorInfo]]) -> str:
+    tensors = [t for shard in shards for t in shard]
+    index = {
+        "metadata": {
+            "total_size": sum(t.nbytes for t in tensors),
+            "total_parameters": sum(t.numel for t in tensors),
+        },
+        "weight_map": {
+            t.name: file for file, shard in zip(files, shards, strict=True) for t in shard
+        },
+    }
+    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,54 @@
+import json
+
+import torch
+
+from mergeme_ext.io import CheckpointSource, names, portable_name, with_dtype
+from mergeme_ext.io.names import Part, PartKind
+from python_tests.support.checkpoints import llama_tensors, save
+
+
+def test_every_llama_tensor_has_its_part():
+    parts = {name: names.part_of(name) for name in llama_tensors()}
+    assert None not in parts.values()
+    assert parts["model.layers.1.mlp.down_proj.weight"] == Part(PartKind.FFN, 1, "down")
+    assert parts["model.layers.0.self_attn.q_proj.weight"] == Part(PartKind.ATTENTION, 0, "q")
+    assert parts["model.norm.weight"] == Part(PartKind.NORM, None, "final")
+    assert parts[names.HEAD].kind == PartKind.HEAD
+    bias = names.part_of("model.layers.10.self_attn.k_proj.bias")
+    assert bias == Part(PartKind.ATTENTION, 10, "k", bias=True)
+    buffer = names.part_of("model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert buffer == Part(PartKind.BUFFER, 3, "inv_freq")
+    assert names.part_of("model.layers.0.block_sparse_moe.gate.weight") is None
+    assert names.part_of(names.ffn_name(7, "up")) == Part(PartKind.FFN, 7, "up")
+
+
+def test_mixtral_names():
+    at = "model.layers.2.block_sparse_moe."
+    assert names.mixtral_router_name(2) == at + "gate.weight"
+    kinds = {role: names.mixtral_expert_name(2, 5, role) for role in ("gate", "up", "down")}
+    assert kinds == {
+        "gate": at + "experts.5.w1.weight",
+        "up": at + "experts.5.w3.weight",
+        "down": at + "experts.5.w2.weight",
+    }
+
+
+def test_which_models_are_supported(tmp_path):
+    assert names.supported(CheckpointSource(save(tmp_path, llama_tensors())).config)
+    assert names.supported({"model_type": "mistral"})
+    assert not names.supported({"model_type": "gpt2"}) and not names.supported({})
+
+
+def test_dtype_goes_under_the_name_that_is_there():
+
+    assert with_dtype({"torch_dtype": "float32"}, torch.bfloat16) == {"torch_dtype": "bfloat16"}
+    assert with_dtype({"a": 1}, torch.float16) == {"a": 1, "dtype": "float16"}
+    assert with_dtype({"dtype": "float32"}, None) == {"dtype": "float32"}
+    assert with_dtype({}, torch.float16) == {}
+    assert json.dumps(with_dtype({"dtype": "x"}, torch.float32)) == '{"dtype": "float32"}'
+
+
+def test_public_names_hold_no_path(tmp_path):
+    assert portable_name(tmp_path / "deep" / "model") == "model"
+    cached = tmp_path / "models--owner--some-model" / "snapshots" / "0123abcd"
+    assert portable_name(cached) == "owner/some-model"

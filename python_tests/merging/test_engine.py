@@ -1,0 +1,316 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergeme_ext.io import CheckpointError, CheckpointSource
+from mergeme_ext.io import sink as sink_module
+from mergeme_ext.merging import MergeSpec, engine, get, merge, names, plan_merge
+from mergeme_ext.merging.engine import merge_chunks
+from python_tests.support.checkpoints import llama_tensors, save
+from python_tests.support.toy import make
+
+PARAMETERS = {
+    "linear": {"weights": [0.5, 1]},
+    "task_arithmetic": {"weights": [0.5, -1], "lam": 0.7},
+    "ties": {"weights": [0.5, 1], "density": [0.3, 0.7], "rescale": "l2"},
+    "dare_linear": {"weights": 1, "density": 0.5, "seed": 3},
+    "dare_ties": {"weights": 1, "density": [0.5, 0.9], "rescale": "inverse_prob"},
+}
+
+
+@pytest.fixture
+def models(tmp_path):
+    for seed, name in enumerate(("base", "a", "b")):
+        save(tmp_path / name, llama_tensors(seed), tokenizer="{}", generation_config='{"x": 1}')
+    return tmp_path
+
+
+def spec_of(folder, method="ties", **more):
+    options = {"parameters": PARAMETERS[method], "base": folder / "base", **more}
+    return MergeSpec(method, [folder / "a", folder / "b"], **options)
+
+
+def folder_bytes(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_every_method_has_parameters_here():
+    assert sorted(PARAMETERS) == names()
+
+
+@pytest.mark.parametrize("method", names())
+def test_merges_each_tensor_as_the_method_does(models, method):
+    merge(spec_of(models, method), models / "out")
+    base, a, b, out = (CheckpointSource(models / n) for n in ("base", "a", "b", "out"))
+    assert out.names == base.names
+    for name in base.names:
+        tensors = [a.tensor(name), b.tensor(name)]
+        named = {"tensor_name": name}
+        expected = get(method)(base.tensor(name), tensors, **PARAMETERS[method], **named)
+        assert torch.equal(out.tensor(name), expected), name
+
+
+@pytest.mark.parametrize("method", names())
+def test_no_bit_depends_on_chunk_or_threads(models, method):
+    threads = torch.get_num_threads()
+    merge(spec_of(models, method), models / "out")
+    try:
+        for chunk, count in ((7, 1), (64, 2), (10**9, 1)):
+            torch.set_num_threads(count)
+            merge(spec_of(models, method), models / f"out{chunk}", chunk_elements=chunk)
+            assert folder_bytes(models / f"out{chunk}") == folder_bytes(models / "out")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=40)
+@given(
+    method=st.sampled_from(names()),
+    chunk=st.integers(1, 300),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float16])] * 4),
+)
+def test_chunks_of_mixed_dtypes(method, chunk, dtypes):
+    """Inputs of different dtypes merge as if widened first; chunks change no bit."""
+    *inputs, out = dtypes
+    base, tuned = make(torch.float64, shape=(11, 19), models=2)
+    base, tuned = base.to(inputs[0]), [t.to(d) for t, d in zip(tuned, inputs[1:], strict=True)]
+    bound = get(method).bind(2, PARAMETERS[method])
+
+    def run(*tensors, **options):
+        chunks = merge_chunks(
+            get(method), "n", tensors[0], tensors[1:], bound, dtype=out, **options
+        )
+        return torch.cat([c for _, c in chunks])
+
+    whole = run(base.float(), *[t.float() for t in tuned])
+    assert torch.equal(run(base, *tuned, chunk_elements=chunk), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_output_dtype_is_rounded_once(models, dtype):
+    merge(spec_of(models, "ties"), models / "single")
+    merge(spec_of(models, "ties", dtype=dtype), models / "other")
+    single, other = CheckpointSource(models / "single"), CheckpointSource(models / "other")
+    assert other.config["dtype"] == str(dtype).removeprefix("torch.")
+    for name in single.names:
+        assert torch.equal(other.tensor(name), single.tensor(name).to(dtype))
+
+
+def test_writes_what_belongs_to_a_model(models):
+    (models / "r.yaml").write_text(
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 1, density: 0.5, lambda: 1/n}\n"
+    )
+    merge(models / "r.yaml", models / "out", max_shard_size="6KB")
+    files = {p.name for p in (models / "out").iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+        "mergeme_config.yml",
+        "model.safetensors.index.json",
+    } <= files
+    card = (models / "out/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["tags"] == ["merge", "mergeme"] and "base_model" not in front
+    assert "lambda: 1/n" in card and "`base` (base)" in card and "2306.01708" in card
+    for text in (card, (models / "out/mergeme_config.yml").read_text()):
+        assert str(models) not in text and "/" not in text.replace("1/n", "").replace("---/", "")
+    recipe = yaml.safe_load((models / "out/mergeme_config.yml").read_text())
+    assert recipe["base_model"] == "base" and recipe["models"][1]["model"] == "b"
+    assert json.loads((models / "out/config.json").read_text())["dtype"] == "float32"
+
+
+def test_card_names_hub_models(tmp_path):
+    hub = tmp_path / "models--owner--tuned" / "snapshots" / "abc"
+    save(hub, llama_tensors(1))
+    save(tmp_path / "base", llama_tensors(0))
+    merge(MergeSpec("ties", [hub], tmp_path / "base", {"weights": 1}), tmp_path / "out")
+    front = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    assert front["base_model"] == ["owner/tuned"] and front["base_model_relation"] == "merge"
+
+
+def test_progress_counts_every_byte(models):
+    class Bar:
+        total = done = 0
+        closed = False
+
+        def update(self, n):
+            self.done += n
+
+        def close(self):
+            self.closed = True
+
+    bar = Bar()
+
+    def start(total):
+        bar.total = total
+        return bar
+
+    merge(spec_of(models), models / "out", chunk_elements=50, progress=start)
+    assert bar.done == bar.total == plan_merge(spec_of(models)).total_bytes and bar.closed
+
+
+def test_tied_heads(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+
+    def model(name, seed, config=None, **changes):
+        tensors = llama_tensors(seed, head=False)
+        return save(tmp_path / name, tensors | {k: v(tensors) for k, v in changes.items()}, config)
+
+    both = {head: lambda t: t[embedding].clone()}
+    model("base", 0, tied)
+    model("a", 1, tied, **both)  # carries the tied head too
+    model("b", 2, tied)
+    merge(spec_of(tmp_path), tmp_path / "out")
+    out = CheckpointSource(tmp_path / "out")
+    assert head not in out and out.config["tie_word_embeddings"] is True
+
+    model("b", 2, None, **{head: lambda t: t[embedding] + 1})
+    merge(spec_of(tmp_path, "linear"), tmp_path / "untied")
+    out = CheckpointSource(tmp_path / "untied")
+    sources = [CheckpointSource(tmp_path / n) for n in "ab"]
+    expected = get("linear")(
+        None, [sources[0].tensor(embedding), sources[1].tensor(head)], **PARAMETERS["linear"]
+    )
+    assert torch.equal(out.tensor(head), expected)
+    assert out.config["tie_word_embeddings"] is False
+
+    model("a", 1, tied, **{head: lambda t: t[embedding] + 1})
+    with pytest.raises(CheckpointError, match=r"a: config.json ties lm_head.weight to .* differ"):
+        plan_merge(spec_of(tmp_path))
+    model("a", 1, {"tie_word_embeddings": False})
+    with pytest.raises(CheckpointError, match=r"a has no tensor 'lm_head.weight', which .*b has"):
+        plan_merge(MergeSpec("linear", [tmp_path / "b", tmp_path / "a"], None, {"weights": 1}))
+
+
+def test_tensors_that_cannot_be_merged_are_copied(tmp_path):
+    for seed, name in enumerate(("base", "a", "b")):
+        extra = {"steps": torch.tensor([7, 8]), "flags": torch.tensor([True, False])}
+        save(tmp_path / name, llama_tensors(seed) | extra)
+    merge(spec_of(tmp_path, dtype=torch.bfloat16), tmp_path / "out")
+    out = CheckpointSource(tmp_path / "out")
+    assert out.tensor("steps").tolist() == [7, 8] and out.tensor("flags").tolist() == [True, False]
+    assert out.tensor("steps").dtype == torch.int64
+    save(tmp_path / "b", llama_tensors(2) | extra | {"steps": torch.tensor([7, 9])})
+    with pytest.raises(CheckpointError, match=r"'steps' \(int64, so it cannot be merged\) differs"):
+        plan_merge(spec_of(tmp_path))
+
+
+MISFITS = {
+    "another hidden size": (
+        llama_tensors(1, hidden=32),
+        {},
+        r"tensor 'lm_head.weight' is \[40, 16\] in .*base but \[40, 32\] in .*a$",
+    ),
+    "another vocabulary": (
+        llama_tensors(1, vocab=44),
+        {},
+        r"is \[40, 16\] in .*base but \[44, 16\] in .*a; models with different vocabularies",
+    ),
+    "another ffn": (llama_tensors(1, ffn=32), {}, r"'model.layers.0.mlp.\w+_proj.weight' is"),
+    "fewer layers": (llama_tensors(1, layers=1), {}, "a has 1 layers, .*base has 2"),
+    "another kind": (llama_tensors(1), {"model_type": "gpt2"}, "a is a gpt2 model, .*base a llama"),
+    "missing tensor": (
+        {k: v for k, v in llama_tensors(1).items() if "norm" not in k},
+        {},
+        r"a has no tensor 'model.layers.0.input_layernorm.weight' \(and 4 more\), which .*base has",
+    ),
+    "another tensor": (
+        llama_tensors(1) | {"model.layers.0.mlp.gate_proj.bias": torch.ones(24)},
+        {},
+        r"base has no tensor 'model.layers.0.mlp.gate_proj.bias', which .*a has",
+    ),
+    "quantised": (
+        llama_tensors(1),
+        {"quantization_config": {"quant_method": "fp8"}},
+        r"a is quantised \(its config.json says so\); save it in bfloat16 or float32 first",
+    ),
+    "fp8": (
+        {k: v.to(torch.float8_e4m3fn) for k, v in llama_tensors(1).items()},
+        {},
+        r"a is quantised \(tensor '.*'\)",
+    ),
+    "integers for floats": (
+        {k: v.int() for k, v in llama_tensors(1).items()},
+        {},
+        "is float32 in .*base but int32 in .*a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_refuses_models_that_do_not_fit(models, case):
+    tensors, config, message = MISFITS[case]
+    save(models / "a", tensors, config)
+    with pytest.raises(CheckpointError, match=message):
+        merge(spec_of(models), models / "out")
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base"]
+
+
+def test_refuses_bad_requests(models):
+    spec = spec_of(models)
+    with pytest.raises(ValueError, match="is one of the inputs; choose another folder"):
+        merge(spec, models / "a", overwrite=True)
+    with pytest.raises(ValueError, match="expected chunk_elements of at least 1, got 0"):
+        merge(spec, models / "out", chunk_elements=0)
+    with pytest.raises(ValueError, match="ties: expected at least one model, got none"):
+        plan_merge(MergeSpec("ties", [], models / "base", {"weights": 1}))
+    with pytest.raises(ValueError, match="ties: expected a base, got None"):
+        plan_merge(MergeSpec("ties", [models / "a"], None, {"weights": 1}))
+    with pytest.raises(ValueError, match="linear: expected weights with a sum other than 0"):
+        plan_merge(MergeSpec("linear", spec.models, None, {"weights": [1, -1]}))
+    with pytest.raises(TypeError, match=r"got \['densty'\]"):
+        plan_merge(MergeSpec("ties", spec.models, spec.base, {"weights": 1, "densty": 1}))
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_merge_leaves_nothing(models, monkeypatch, error):
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+        yield from merge_chunks(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "merge_chunks", fail)
+    with pytest.raises(error):
+        merge(spec_of(models), models / "out")
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base"]
+
+
+def test_a_full_disk_is_seen_before_the_work(models, monkeypatch):
+    def refuse(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sink_module.os, "posix_fallocate", refuse)
+    monkeypatch.setattr(engine, "merge_chunks", None)  # would fail if called
+    with pytest.raises(OSError, match="no room for the checkpoint"):
+        merge(spec_of(models), models / "out")
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base"]
+
+
+def test_a_file_size_limit_leaves_nothing(models):
+    """The system's own refusal: a limit on file sizes, set for a process of its own."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from mergeme_ext.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    recipe = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    (models / "r.yaml").write_text(recipe)
+    command = [sys.executable, "-c", program, "merge", str(models / "r.yaml"), str(models / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no room for the checkpoint" in done.stderr
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "r.yaml"]
