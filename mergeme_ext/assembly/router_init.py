@@ -64,7 +64,10 @@ def mean_inputs(
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: A prompt holds no token.
+        ValueError: There is no tokenizer, or a prompt holds no token.
+
+    Source: the idea is mergekit-moe's, which takes "residual" and "last"; "router" and "mean" are
+    ours: a row then lives in the space of the vectors that it will be multiplied with.
     """
     try:
         import transformers
@@ -141,6 +144,10 @@ def rows_from_means(means: Tensor, *, center: bool, scale: float) -> Tensor:
     Returns:
         [E, H] float64, each row of length ``scale`` (or zero, where an expert's mean is the
         mean of all).
+
+    Source: without ``center`` and with ``scale`` 1, mergekit-moe's rows; the rest is ours. A
+    softmax sees only differences between rows, and means of hidden states have most in common:
+    centring before the rows get their length keeps that length for what differs.
     """
     rows = means
     if center and len(means) > 1:
@@ -156,12 +163,14 @@ def condition(rows: Tensor, *, center: bool) -> float:
     """Return the condition number of router ``rows`` [E, H]: how alike the prompts were.
 
     Centred rows sum to about zero, so that their smallest singular value says nothing and is
-    left out; so are rows of zeros. Infinite where rows coincide.
+    left out; so is a row of zeros, which an expert without prompts of its own has. Infinite where
+    rows coincide, or where fewer than two are left.
     """
-    rows = rows[rows.any(1)]
-    if not len(rows):
-        return 1.0
+    told_apart = rows[rows.any(1)]
+    if len(told_apart) < 2:
+        return 1.0 if len(rows) == 1 else float("inf")
+    rows = told_apart
     values = torch.linalg.svdvals(rows.double())
-    if center and len(values) > 1:
+    if center:
         values = values[:-1]
     return (values[0] / values[-1]).item() if values[-1] > 0 else float("inf")

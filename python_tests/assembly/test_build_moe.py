@@ -268,6 +268,14 @@ def test_companion_files(models, tmp_path):
     assert everything(build(models / "again.yaml", tmp_path / "again")) == everything(out)
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_prompts_that_are_alike_are_told(models, tmp_path, center):
+    experts = [{"source_model": m, "positive_prompts": MEDICAL} for m in ("one", "two")]
+    recipe = write_recipe(models, experts=experts, gate_center=center)
+    with pytest.warns(UserWarning, match="hard to tell apart: .* in 2 of 2 layers"):
+        build(recipe, tmp_path / "out")
+
+
 def test_spec_checks_its_values(models):
     spec = MoESpec(models / "base", [ExpertSpec(models / "one")] * 2, gate_mode="zero")
     with pytest.raises(ValueError, match=r"expected gate_mode to be one of .* got 'magic'"):

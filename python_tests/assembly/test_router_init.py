@@ -102,7 +102,7 @@ def test_centred_rows_favour_nobody_at_the_average_input(num_experts, scale, off
 def test_equal_means_give_rows_of_zeros_not_of_noise():
     means = torch.full((3, 7), 0.1, dtype=torch.float64) * torch.tensor([[1], [1 + 1e-12], [1]])
     assert not rows_from_means(means, center=True, scale=4.0).any()
-    assert condition(rows_from_means(means, center=True, scale=4.0), center=True) == 1.0
+    assert condition(rows_from_means(means, center=True, scale=4.0), center=True) == math.inf
     assert condition(rows_from_means(means, center=False, scale=4.0), center=False) > 1e6
 
 
@@ -110,6 +110,7 @@ def test_condition_of_centred_rows_leaves_their_sum_out():
     rows = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])
     assert condition(rows, center=True) == 1.0
     assert condition(torch.cat([rows, torch.zeros(1, 3)]), center=True) == 1.0
+    assert condition(rows[:1], center=True) == 1.0
 
 
 def test_random_rows_depend_on_seed_and_name_alone():

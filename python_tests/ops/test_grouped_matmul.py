@@ -237,3 +237,21 @@ def test_joins_the_current_stream():
         out = torch.ops.mergeme.grouped_matmul_nt(*args)
     torch.cuda.current_stream().wait_stream(stream)
     check(out, "nt", args)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("inner", [8, 9])  # tensor cores, portable
+def test_more_than_2_31_elements(inner, device="cuda"):
+    outer = 2**31 // (2 * inner) + 24  # the last of three experts begins beyond 2^31 elements
+    generator = torch.Generator().manual_seed(0)
+    a = draw((5, inner), torch.bfloat16, generator).to(device)
+    b = torch.zeros(3, outer, inner, dtype=torch.bfloat16, device=device)
+    places = torch.tensor([0, 1, outer // 2, outer - 1])
+    b[2, places] = draw((4, inner), torch.bfloat16, generator).to(device)
+    offsets = torch.tensor([0, 0, 0, 5], dtype=torch.int32, device=device)
+    out = torch.ops.mergeme.grouped_matmul_nt(a, b, offsets)
+    value, magnitude = references.grouped_matmul_nt(a, b[2:, places], offsets[[0, 3]])
+    assert_within_rounding(out[:, places], value, magnitude, terms=inner)
+    assert out.count_nonzero() == out[:, places].count_nonzero()

@@ -43,17 +43,38 @@ def test_layouts(backend, dtype, layout):
     check(backend, layout(base), [layout(t) for t in tensors], [400, 1, 2000])
 
 
+def check_large(base, tensors, keep):
+    """Like check, on the CPU, with torch's stable sort for the reference."""
+    cuts = CPU.op(OP)(base, tensors, keep)
+    for tensor, cut, count in zip(tensors, cuts.tolist(), keep, strict=True):
+        x = task_vector(base, tensor).abs()
+        last = torch.sort(x, descending=True, stable=True).indices[count - 1].item()
+        assert cut == [x[last].item(), last + 1]
+
+
 # 160,000 elements are too many to collect at once, so that digits are counted; with few different
-# magnitudes even the last digit leaves too many, and ties are located by counting.
+# magnitudes even the last digit leaves too many, and ties are located by counting. 300,000 are
+# sampled first.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", [2, 300, 2**20])
-def test_large_tensors_on_cpu(dtype, values):
+@pytest.mark.parametrize("n", [160_001, 300_007])
+def test_large_tensors_on_cpu(dtype, values, n):
     g = torch.Generator().manual_seed(1)
-    base = torch.zeros(160_001, dtype=dtype)
-    numbers = [torch.randint(-values, values, (160_001,), generator=g) for _ in range(2)]
-    tensors = [(n.double() / values).to(dtype) for n in numbers]
+    base = torch.zeros(n, dtype=dtype)
+    numbers = [torch.randint(-values, values, (n,), generator=g) for _ in range(2)]
+    tensors = [(k.double() / values).to(dtype) for k in numbers]
     tensors.append(torch.full_like(base, -0.5))  # one magnitude only
-    check(CPU, base, tensors, [32_000, 128_000, 70_000])
+    check_large(base, tensors, [32_000, 128_000, 70_000])
+    check_large(base, tensors, [n, 1, n - 1])
+
+
+def test_samples_that_mislead():
+    """Runs of 16 in every 73 elements are looked at first; here they are unlike the others."""
+    tensor = torch.linspace(0.1, 0.2, 300_000)
+    looked_at = torch.arange(300_000) % 73 < 16
+    larger = torch.where(looked_at, 9.0 + tensor, tensor)
+    smaller = torch.where(looked_at, tensor / 9, tensor)
+    check_large(torch.zeros_like(tensor), [larger, smaller], [100_000, 200_000])
 
 
 def test_many_ties_on_simt():

@@ -1,5 +1,7 @@
 """Blocks, barriers, warps and schedules of the shim, against numpy."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -171,3 +173,16 @@ def test_a_deep_call_fits_the_stack_of_every_thread():
     depth = 60  # KiB
     out = run("stack", out=((64,), np.uint32), n=depth, block=(64, 1, 1))
     assert (out == sum(range(depth + 1))).all()
+
+
+def test_launches_from_several_threads_take_turns():
+    def launch(seed):
+        votes = np.random.default_rng(seed).integers(0, 2, 70).astype(np.int32)
+        if seed % 3 == 0:
+            with pytest.raises(RuntimeError, match="left the block"):
+                run("bad_leave", n=3, block=(70, 1, 1))
+        out = run("block_votes", (votes,), ((70, 6), np.int32), block=(70, 1, 1))
+        return (out[:, 0] == votes.sum()).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(launch, range(60)))

@@ -13,6 +13,7 @@ struct Stretch {
   const void* tensor;  // [numel]
   DType dtype;
   int64_t begin, end;
+  int64_t limit;  // reading goes on up to here, so elements up to here may be fetched ahead
 };
 
 struct Member {
@@ -23,10 +24,13 @@ struct Member {
 // "Members" are the elements whose magnitude bits, shifted right by `known`, equal `prefix`.
 //
 // count_digits: counts[d] += members whose digit, the `digit_bits` below the prefix, is d.
-// collect: writes the members in index order and returns their number; `out` has room for all.
+// count_members: their number.
+// collect: writes the elements with magnitude bits in [low, high], in index order, and returns
+// their number; `out` has room for the whole stretch. Adds the number of those above to *above.
 MERGEME_DECLARE_LOOPS(void count_digits(const Stretch& s, int known, uint64_t prefix,
                                         int digit_bits, uint32_t* counts);
                       int64_t count_members(const Stretch& s, int known, uint64_t prefix);
-                      int64_t collect(const Stretch& s, int known, uint64_t prefix, Member* out);)
+                      int64_t collect(const Stretch& s, uint64_t low, uint64_t high, Member* out,
+                                      int64_t* above);)
 
 }  // namespace mergeme::magnitude_threshold

@@ -60,8 +60,11 @@ void sum_block(const Params& p, const Term<acc_t<T>>& term, uint32_t model, int6
   const int64_t last = p.numel - first < kSumBlock ? p.numel : first + kSumBlock;
   for (int64_t i = first; i < last; i += kBlock) {
     const int n = last - i < kBlock ? int(last - i) : kBlock;
+    const T* from = static_cast<const T*>(term.data);
+    prefetch(static_cast<const T*>(p.base), i + n, p.numel);
+    prefetch(from, i + n, p.numel);
     widen(static_cast<const T*>(p.base) + i, base, n);
-    const loop_t<T>* __restrict tensor = loadable(static_cast<const T*>(term.data) + i, widened, n);
+    const loop_t<T>* __restrict tensor = loadable(from + i, widened, n);
     for (int j = 0; j < n; ++j) bits[j] = magnitude_bits(to_acc(tensor[j]) - base[j]);
     if (p.mask == Mask::kRandom) {
       const Random16* __restrict random = random_bits(p.key, model, i, n, words);

@@ -85,11 +85,14 @@ void merge(const Params& p, int64_t begin, int64_t end) {
   alignas(64) uint32_t words[kWordsOfBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int n = end - i < kBlock ? int(end - i) : kBlock;
+    prefetch(static_cast<const T*>(p.base), i + n, end);
     widen(static_cast<const T*>(p.base) + i, base, n);
-    memset(&sums, 0, sizeof(sums));
+    memset(&sums, 0, kElect == Elect::kNone ? sizeof(sums.positive) : sizeof(sums));
     for (int64_t m = 0; m < p.num_models; ++m) {
       const Term<Acc>& term = terms[m];
-      const loop_t<T>* tensor = loadable(static_cast<const T*>(term.data) + i, widened, n);
+      const T* from = static_cast<const T*>(term.data);
+      prefetch(from, i + n, end);
+      const loop_t<T>* tensor = loadable(from + i, widened, n);
       const int64_t index = p.offset + i;
       if (p.mask == Mask::kRandom) {
         add_random<kElect>(tensor, base, term, random_bits(p.key, uint32_t(m), index, n, words),

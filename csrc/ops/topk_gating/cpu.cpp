@@ -9,19 +9,8 @@
 namespace mergeme::topk_gating {
 namespace {
 
-int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
-
 // Rows of a task: enough work to be worth a thread.
 int64_t grain(int64_t num_experts) { return std::max<int64_t>(1, 16384 / num_experts); }
-
-// Calls fn(scratch) with room for one row.
-template <typename F>
-void with_scratch(int64_t num_experts, int64_t top_k, F&& fn) {
-  const int64_t e = padded(num_experts), k = padded(top_k);
-  std::vector<double> room(2 * e + e / kLanes + k);
-  double* start = room.data();
-  fn(Scratch{start, start + e, start + 2 * e + k, start + 2 * e});
-}
 
 std::tuple<at::Tensor, at::Tensor> run_cpu(const at::Tensor& logits,
                                            const std::optional<at::Tensor>& bias, int64_t top_k,
@@ -43,9 +32,8 @@ std::tuple<at::Tensor, at::Tensor> run_cpu(const at::Tensor& logits,
                  .score = kind,
                  .renormalize = renormalize};
   at::parallel_for(0, p.num_tokens, grain(p.num_experts), [&](int64_t begin, int64_t end) {
-    with_scratch(p.num_experts, top_k, [&](const Scratch& scratch) {
-      MERGEME_CALL_LOOPS(forward, p, begin, end, scratch);
-    });
+    std::vector<double> room(kRows * row_room(p.num_experts, p.top_k));
+    MERGEME_CALL_LOOPS(forward, p, begin, end, room.data());
   });
   return {ids, weights};
 }
@@ -69,11 +57,10 @@ at::Tensor run_cpu_backward(const at::Tensor& grad, const at::Tensor& logits,
                          .score = kind,
                          .renormalize = renormalize};
   at::parallel_for(0, p.num_tokens, grain(p.num_experts), [&](int64_t begin, int64_t end) {
-    with_scratch(p.num_experts, p.top_k, [&](const Scratch& scratch) {
-      const int64_t bad = MERGEME_CALL_LOOPS(backward, p, begin, end, scratch);
-      TORCH_CHECK_INDEX(bad < 0, kBackwardOp, ": expected topk_ids in [0, ", p.num_experts,
-                        "), got ", p.ids[bad], " at [", bad / p.top_k, ", ", bad % p.top_k, "]");
-    });
+    std::vector<double> room(kRows * row_room(p.num_experts, p.top_k));
+    const int64_t bad = MERGEME_CALL_LOOPS(backward, p, begin, end, room.data());
+    TORCH_CHECK_INDEX(bad < 0, kBackwardOp, ": expected topk_ids in [0, ", p.num_experts, "), got ",
+                      p.ids[bad], " at [", bad / p.top_k, ", ", bad % p.top_k, "]");
   });
   return out;
 }

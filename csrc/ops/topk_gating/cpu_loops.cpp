@@ -7,16 +7,25 @@ template <typename A>
 struct Row {
   A* logits;           // padded with -inf, whose share is 0
   key_t<A>* keys;      // padded with kTakenKey
-  key_t<A>* best;      // largest key of each block of kLanes
   A* selected;         // logits of the selected, padded with -inf
-  int64_t num_blocks;  // of logits and keys
+  key_t<A>* best;      // largest key of each block of kLanes
+  int32_t num_blocks;  // of logits and keys
+  bool has_nan;
 
-  Row(const Scratch& s, int64_t num_experts)
-      : logits(reinterpret_cast<A*>(s.logits)),
-        keys(reinterpret_cast<key_t<A>*>(s.keys)),
-        best(reinterpret_cast<key_t<A>*>(s.best)),
-        selected(reinterpret_cast<A*>(s.selected)),
-        num_blocks(ceil_div(num_experts, kLanes)) {}
+  Row(double* room, int64_t num_experts, int64_t top_k)
+      : logits(reinterpret_cast<A*>(room)),
+        keys(reinterpret_cast<key_t<A>*>(room + padded(num_experts))),
+        selected(reinterpret_cast<A*>(room + 2 * padded(num_experts))),
+        best(reinterpret_cast<key_t<A>*>(room + 2 * padded(num_experts) + padded(top_k + 1))),
+        num_blocks(static_cast<int32_t>(ceil_div(num_experts, kLanes))),
+        has_nan(false) {
+    // Once for all rows: nothing writes to the padding.
+    for (int64_t e = num_experts; e < padded(num_experts); ++e) {
+      logits[e] = minus_infinity<A>();
+      keys[e] = kTakenKey<A>;
+    }
+    for (int64_t k = top_k; k < padded(top_k); ++k) selected[k] = minus_infinity<A>();
+  }
 };
 
 template <typename A>
@@ -24,32 +33,35 @@ struct Normalizer {
   A top, sum;
 };
 
+// lanes[0] = all lanes folded, halves onto halves; unrolled, so that each step is one vector.
+template <typename A, typename F>
+inline __attribute__((always_inline)) A fold(A* lanes, F&& combine) {
+#pragma GCC unroll 5
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int l = 0; l < half; ++l) lanes[l] = combine(lanes[l], lanes[l + half]);
+  return lanes[0];
+}
+
 // Over n items padded to whole blocks, in the order that scores.h states.
 template <Score S, typename A>
 Normalizer<A> normalizer(const A* z, int64_t n) {
+  const auto largest = [](A x, A y) { return y > x ? y : x; };
   A lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = minus_infinity<A>();
-  for (int64_t i = 0; i < n; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      const A x = level(S, z[i + l]);
-      lanes[l] = x > lanes[l] ? x : lanes[l];
-    }
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l)
-      lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
-  const A top = finite_top(lanes[0]);
-  for (int l = 0; l < kLanes; ++l) lanes[l] = 0;
-  for (int64_t i = 0; i < n; i += kLanes)
+  for (int l = 0; l < kLanes; ++l) lanes[l] = level(S, z[l]);
+  for (int l = 0; l < kLanes; ++l) lanes[l] = largest(minus_infinity<A>(), lanes[l]);
+  for (int64_t i = kLanes; i < n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lanes[l] = largest(lanes[l], level(S, z[i + l]));
+  const A top = finite_top(fold(lanes, largest));
+  for (int l = 0; l < kLanes; ++l) lanes[l] = share(S, z[l], top);
+  for (int64_t i = kLanes; i < n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] += share(S, z[i + l], top);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return {top, nonzero_sum(lanes[0])};
+  return {top, nonzero_sum(fold(lanes, [](A x, A y) { return x + y; }))};
 }
 
 template <typename T, typename A>
 void load(const T* from, A* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_acc(from[i]);
-  for (int64_t i = n; i % kLanes != 0; ++i) to[i] = minus_infinity<A>();
 }
 
 template <typename Key>
@@ -70,31 +82,24 @@ int32_t first_equal(const Key* keys, int32_t n, Key key) {
   return first;
 }
 
-// K rounds: the largest of the blocks' largest keys, its first block, its first place there.
-// Returns whether a key was NaN's.
+// One round: the largest of the blocks' largest keys, its first block, its first place there. Marks
+// it as taken.
 template <typename A>
-bool select(const Row<A>& row, int64_t top_k, int32_t* ids) {
-  const int32_t num_blocks = static_cast<int32_t>(row.num_blocks);
-  for (int32_t b = 0; b < num_blocks; ++b) row.best[b] = block_max(row.keys + b * int64_t{kLanes});
-  bool has_nan = false;
-  for (int64_t k = 0; k < top_k; ++k) {
-    key_t<A> best = row.best[0];
-    for (int32_t b = 1; b < num_blocks; ++b) best = row.best[b] > best ? row.best[b] : best;
-    const int32_t block = first_equal(row.best, num_blocks, best);
-    key_t<A>* keys = row.keys + block * int64_t{kLanes};
-    const int32_t place = first_equal(keys, kLanes, best);
-    keys[place] = kTakenKey<A>;
-    row.best[block] = block_max(keys);
-    ids[k] = block * kLanes + place;
-    has_nan |= best == kNanKey<A>;
-  }
-  return has_nan;
+int32_t take(Row<A>& row) {
+  key_t<A> best = row.best[0];
+  for (int32_t b = 1; b < row.num_blocks; ++b) best = row.best[b] > best ? row.best[b] : best;
+  const int32_t block = row.num_blocks == 1 ? 0 : first_equal(row.best, row.num_blocks, best);
+  key_t<A>* keys = row.keys + block * int64_t{kLanes};
+  const int32_t place = first_equal(keys, kLanes, best);
+  keys[place] = kTakenKey<A>;
+  row.best[block] = block_max(keys);
+  row.has_nan |= best == kNanKey<A>;
+  return block * kLanes + place;
 }
 
 template <typename A>
 void gather_selected(const Row<A>& row, const int32_t* ids, int64_t top_k) {
   for (int64_t k = 0; k < top_k; ++k) row.selected[k] = row.logits[ids[k]];
-  for (int64_t k = top_k; k % kLanes != 0; ++k) row.selected[k] = minus_infinity<A>();
 }
 
 template <Score S, typename A>
@@ -107,40 +112,59 @@ void make_keys(const Params& p, const Row<A>& row, const Normalizer<A>& all) {
       row.keys[e] = order_key(share(S, row.logits[e], all.top) / all.sum + A(p.bias[e]));
   else
     for (int64_t e = 0; e < n; ++e) row.keys[e] = order_key(sigmoid(row.logits[e]) + A(p.bias[e]));
-  for (int64_t e = n; e % kLanes != 0; ++e) row.keys[e] = kTakenKey<A>;
 }
 
-template <typename T, Score S>
-void forward_rows(const Params& p, int64_t begin, int64_t end, const Scratch& scratch) {
-  using A = acc_t<T>;
-  const Row<A> row(scratch, p.num_experts);
+// Loads a token and makes its keys. Returns the normalizer of the weights, if it is known already.
+template <typename T, Score S, typename A>
+Normalizer<A> prepare(const Params& p, int64_t t, Row<A>& row) {
+  load(static_cast<const T*>(p.logits) + t * p.num_experts, row.logits, p.num_experts);
+  Normalizer<A> all{A(0), A(1)};
+  if (S == Score::kSoftmax && (p.bias != nullptr || !p.renormalize))
+    all = normalizer<S>(row.logits, p.num_experts);
+  make_keys<S>(p, row, all);
+  for (int32_t b = 0; b < row.num_blocks; ++b)
+    row.best[b] = block_max(row.keys + b * int64_t{kLanes});
+  row.has_nan = false;
+  return all;
+}
+
+template <Score S, typename A>
+void write_weights(const Params& p, int64_t t, const Row<A>& row, Normalizer<A> all) {
   const A scale = static_cast<A>(p.scale);
-  for (int64_t t = begin; t < end; ++t) {
-    int32_t* ids = p.ids + t * p.top_k;
-    A* weights = static_cast<A*>(p.weights) + t * p.top_k;
-    load(static_cast<const T*>(p.logits) + t * p.num_experts, row.logits, p.num_experts);
-    Normalizer<A> all{A(0), A(1)};
-    if (S == Score::kSoftmax && (p.bias != nullptr || !p.renormalize))
-      all = normalizer<S>(row.logits, p.num_experts);
-    make_keys<S>(p, row, all);
-    const bool has_nan = select(row, p.top_k, ids);
-    gather_selected(row, ids, p.top_k);
-    if (p.renormalize) all = normalizer<S>(row.selected, p.top_k);
-    if (S == Score::kSoftmax || p.renormalize)
-      for (int64_t k = 0; k < p.top_k; ++k)
-        weights[k] = share(S, row.selected[k], all.top) / all.sum * scale;
-    else
-      for (int64_t k = 0; k < p.top_k; ++k) weights[k] = sigmoid(row.selected[k]) * scale;
-    for (int64_t k = 0; has_nan && k < p.top_k; ++k)
-      weights[k] = std::numeric_limits<A>::quiet_NaN();
+  A* weights = static_cast<A*>(p.weights) + t * p.top_k;
+  gather_selected(row, p.ids + t * p.top_k, p.top_k);
+  if (p.renormalize) all = normalizer<S>(row.selected, p.top_k);
+  if (S == Score::kSoftmax || p.renormalize)
+    for (int64_t k = 0; k < p.top_k; ++k)
+      weights[k] = share(S, row.selected[k], all.top) / all.sum * scale;
+  else
+    for (int64_t k = 0; k < p.top_k; ++k) weights[k] = sigmoid(row.selected[k]) * scale;
+  for (int64_t k = 0; row.has_nan && k < p.top_k; ++k)
+    weights[k] = std::numeric_limits<A>::quiet_NaN();
+}
+
+// A round waits for the one before it, so rounds of kRows tokens are interleaved.
+template <typename T, Score S>
+void forward_rows(const Params& p, int64_t begin, int64_t end, double* room) {
+  using A = acc_t<T>;
+  const int64_t size = row_room(p.num_experts, p.top_k);
+  const auto row_at = [&](int r) { return Row<A>(room + r * size, p.num_experts, p.top_k); };
+  Row<A> rows[kRows] = {row_at(0), row_at(1), row_at(2), row_at(3)};
+  Normalizer<A> all[kRows];
+  for (int64_t t = begin; t < end; t += kRows) {
+    const int count = static_cast<int>(end - t < kRows ? end - t : kRows);
+    for (int r = 0; r < count; ++r) all[r] = prepare<T, S>(p, t + r, rows[r]);
+    for (int64_t k = 0; k < p.top_k; ++k)
+      for (int r = 0; r < count; ++r) p.ids[(t + r) * p.top_k + k] = take(rows[r]);
+    for (int r = 0; r < count; ++r) write_weights<S>(p, t + r, rows[r], all[r]);
   }
 }
 
 // The closed forms of kernel.cuh, in the same order of operations.
 template <typename T, Score S>
-int64_t backward_rows(const BackwardParams& p, int64_t begin, int64_t end, const Scratch& scratch) {
+int64_t backward_rows(const BackwardParams& p, int64_t begin, int64_t end, double* room) {
   using A = acc_t<T>;
-  const Row<A> row(scratch, p.num_experts);
+  const Row<A> row(room, p.num_experts, p.top_k);
   const A scale = static_cast<A>(p.scale);
   const bool normalized = S == Score::kSoftmax || p.renormalize;
   for (int64_t t = begin; t < end; ++t) {
@@ -158,8 +182,7 @@ int64_t backward_rows(const BackwardParams& p, int64_t begin, int64_t end, const
                           : normalizer<S>(row.logits, p.num_experts);
       for (int64_t k = 0; k < p.top_k; ++k)
         lanes[k % kLanes] += share(S, row.selected[k], all.top) / all.sum * grad[k];
-      for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      fold(lanes, [](A x, A y) { return x + y; });
     }
     const A s = lanes[0];
     if (S == Score::kSoftmax && !p.renormalize)
@@ -179,20 +202,20 @@ int64_t backward_rows(const BackwardParams& p, int64_t begin, int64_t end, const
 
 }  // namespace
 
-void forward(const Params& p, int64_t begin, int64_t end, const Scratch& scratch) {
+void forward(const Params& p, int64_t begin, int64_t end, double* room) {
   dispatch_floating(p.dtype, [&]<typename T>() {
     if (p.score == Score::kSoftmax)
-      forward_rows<T, Score::kSoftmax>(p, begin, end, scratch);
+      forward_rows<T, Score::kSoftmax>(p, begin, end, room);
     else
-      forward_rows<T, Score::kSigmoid>(p, begin, end, scratch);
+      forward_rows<T, Score::kSigmoid>(p, begin, end, room);
   });
 }
 
-int64_t backward(const BackwardParams& p, int64_t begin, int64_t end, const Scratch& scratch) {
+int64_t backward(const BackwardParams& p, int64_t begin, int64_t end, double* room) {
   int64_t bad = -1;
   dispatch_floating(p.dtype, [&]<typename T>() {
-    bad = p.score == Score::kSoftmax ? backward_rows<T, Score::kSoftmax>(p, begin, end, scratch)
-                                     : backward_rows<T, Score::kSigmoid>(p, begin, end, scratch);
+    bad = p.score == Score::kSoftmax ? backward_rows<T, Score::kSoftmax>(p, begin, end, room)
+                                     : backward_rows<T, Score::kSigmoid>(p, begin, end, room);
   });
   return bad;
 }

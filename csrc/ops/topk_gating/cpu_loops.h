@@ -6,18 +6,19 @@
 
 namespace mergeme::topk_gating {
 
-// Room for one row of each array that the loops need, in doubles so that it fits every type.
-struct Scratch {
-  double* logits;    // [E rounded up to kLanes]
-  double* keys;      // [E rounded up to kLanes]
-  double* best;      // [E / kLanes rounded up]
-  double* selected;  // [K rounded up to kLanes]
-};
+inline constexpr int kRows = 4;  // tokens that are in work together
 
-// `backward` returns the first slot t * K + k whose id is out of range, or -1.
-MERGEME_DECLARE_LOOPS(void forward(const Params& p, int64_t begin, int64_t end,
-                                   const Scratch& scratch);
+// Room for the arrays of one row, in doubles so that it fits every type: logits, their keys, the
+// selected logits, each padded to whole blocks of kLanes, and the largest key of each block.
+MERGEME_HD int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
+MERGEME_HD int64_t row_room(int64_t num_experts, int64_t top_k) {
+  return 2 * padded(num_experts) + padded(top_k + 1) + padded(ceil_div(num_experts, kLanes));
+}
+
+// `room` is kRows * row_room(E, K) doubles. `backward` returns the first slot t * K + k whose id is
+// out of range, or -1.
+MERGEME_DECLARE_LOOPS(void forward(const Params& p, int64_t begin, int64_t end, double* room);
                       int64_t backward(const BackwardParams& p, int64_t begin, int64_t end,
-                                       const Scratch& scratch);)
+                                       double* room);)
 
 }  // namespace mergeme::topk_gating

@@ -18,8 +18,9 @@ void sum_blocks(const Params& p, int64_t begin, int64_t end) {
     memset(sum, 0, sizeof(buffer));
     for (int64_t m = 0; m < p.num_models; ++m) {
       const Acc weight = static_cast<Acc>(p.weights[m]);
-      const loop_t<T>* __restrict tensor =
-          loadable(static_cast<const T*>(p.tensors[m]) + i, widened, n);
+      const T* from = static_cast<const T*>(p.tensors[m]);
+      prefetch(from, i + n, end);
+      const loop_t<T>* __restrict tensor = loadable(from + i, widened, n);
       for (int j = 0; j < n; ++j) sum[j] += weight * to_acc(tensor[j]);
     }
     narrow(sum, static_cast<T*>(p.out) + i, n);

@@ -20,7 +20,11 @@ py::bytes run_test_kernel(const std::string& kernel, const py::bytes& in, const 
   const LaunchConfig config{.grid = {grid[0], grid[1], grid[2]},
                             .block = {block[0], block[1], block[2]},
                             .shared_bytes = shared_bytes};
-  const auto result = mergeme::simt::testing::run(kernel, config, bytes_of(in), bytes_of(out), n);
+  const auto input = bytes_of(in), output = bytes_of(out);
+  const auto result = [&] {
+    const py::gil_scoped_release release;  // as an op does: launches may come from several threads
+    return mergeme::simt::testing::run(kernel, config, input, output, n);
+  }();
   return {reinterpret_cast<const char*>(result.data()), result.size()};
 }
 

@@ -149,8 +149,6 @@ inline unsigned ballot(const char* call, unsigned mask, bool predicate, const Wh
 // Every collective call knows where it stands in the source, for the reports.
 #define MERGEME_WHERE ::mergeme::simt::host::Where where = ::mergeme::simt::host::Where::current()
 
-// ---- barriers
-
 inline void __syncthreads(MERGEME_WHERE) {
   mergeme::simt::host::block_barrier("__syncthreads()", false, where);
 }
@@ -167,8 +165,6 @@ inline int __syncthreads_and(int predicate, MERGEME_WHERE) {
 inline void __syncwarp(unsigned mask = ~0u, MERGEME_WHERE) {
   mergeme::simt::host::ballot("__syncwarp()", mask, false, where);
 }
-
-// ---- warp calls
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32, MERGEME_WHERE) {
@@ -229,8 +225,6 @@ T __reduce_min_sync(unsigned mask, T value, MERGEME_WHERE) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
   return reduce<T, mergeme::simt::host::min<T>>("__reduce_min_sync()", mask, value, where);
 }
-
-// ---- integers
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }

@@ -23,6 +23,10 @@ namespace {
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kGuardBytes = 256;  // behind shared memory
 
+struct Failure {  // thrown through a kernel to end its thread
+  std::string what;
+};
+
 struct Copy {
   void* shared;
   const void* global;
@@ -118,8 +122,6 @@ std::string describe(const Thread& t) {
 }
 std::string describe_other(const Thread& t) { return "thread " + text(t.id) + " " + describe(t); }
 
-// ---- scheduling
-
 // The next thread to run, or null if none can.
 Thread* next_thread() {
   if (rt.runnable == 0) return nullptr;
@@ -171,10 +173,10 @@ void thread_main() {
     rt.states[self.index] = State::kReady;
     try {
       (*rt.body)();
-    } catch (const std::exception& error) {
-      rt.failure = error.what();
+    } catch (const Failure& failure) {
+      rt.failure = failure.what;
     } catch (...) {
-      rt.failure = std::string(rt.name) + ": unknown exception " + place(self);
+      rt.failure = std::string(rt.name) + ": a C++ exception left the kernel " + place(self);
     }
     Fiber* mine = std::exchange(self.fiber, nullptr);
     if (!rt.failure.empty()) {
@@ -207,8 +209,6 @@ void release(unsigned index) {
   rt.states[index] = State::kReady;
   ++rt.runnable;
 }
-
-// ---- failures
 
 // Called when no thread can run and some have not ended: says why, from the side of the first one
 // that waits.
@@ -266,8 +266,6 @@ void check_launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes) 
     refuse("expected at most " + std::to_string(kMaxSharedBytes) + " bytes of shared memory, got " +
            std::to_string(shared_bytes));
 }
-
-// ---- one launch
 
 void begin_launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
                   const std::function<void()>& body) {
@@ -370,7 +368,7 @@ bool is_shared(const void* p, size_t bytes) {
 }
 
 void fail(const std::string& what) {
-  throw std::runtime_error(std::string(rt.name) + ": " + what + " " + place(*rt.current));
+  throw Failure{std::string(rt.name) + ": " + what + " " + place(*rt.current)};
 }
 
 void fail_at(const std::string& what, Where where) { fail(what + " at " + source(where)); }

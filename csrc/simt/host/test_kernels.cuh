@@ -183,7 +183,7 @@ __global__ void copy_pipeline_kernel(Params p) {
   }
 }
 
-// ---- wrong on purpose; n chooses the thread or the variant
+// From here on wrong on purpose; n chooses the thread or the variant
 
 // Reads past shared memory's initialised part.
 __global__ void bad_uninitialised_kernel(Params p) {
