@@ -6,6 +6,8 @@ import mergeme_ext
 from benchmarks import harness
 from benchmarks.task_vectors import CASES, DENSITY, bytes_read, make_weights, numel
 
+__all__ = ["CASES", "CONTENDERS", "OP", "make", "work"]
+
 OP = "magnitude_threshold"
 
 

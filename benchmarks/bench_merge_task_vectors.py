@@ -13,6 +13,8 @@ from benchmarks.task_vectors import (
     numel,
 )
 
+__all__ = ["CASES", "CONTENDERS", "OP", "make", "work"]
+
 OP = "merge_task_vectors"
 
 
