@@ -40,6 +40,11 @@ __device__ __forceinline__ void check_expert_offsets(const int32_t* offsets, int
   MERGEME_DEVICE_ASSERT(offsets[0] == 0 && offsets[num_experts] == num_rows);
 }
 
+// The tile of this block, which may lie past the last when blocks fill two dimensions.
+__device__ __forceinline__ int64_t block_number() {
+  return blockIdx.x + int64_t{gridDim.x} * blockIdx.y;
+}
+
 // Order of the tiles of a [row_tiles, column_tiles] grid: 8 columns of tiles at a time, row after
 // row, so that the tiles alive at one moment share both their rows of a and their part of b.
 struct TileGrid {
@@ -55,10 +60,23 @@ struct TileGrid {
   }
 };
 
+// One block for each tile: along x up to CUDA's limit, then along y. More tiles than that, each
+// with at least one result, would not fit any memory.
+inline dim3 blocks_for(const TileGrid& grid) {
+  constexpr int64_t kMaxX = 2147483647;
+  const int64_t y = ceil_div(grid.count(), kMaxX);
+  return dim3(static_cast<unsigned>(ceil_div(grid.count(), y)), static_cast<unsigned>(y));
+}
+
+// Tiles never have more rows or columns left than this; what lies beyond does not matter to them.
+__device__ __forceinline__ int clamp_left(int64_t left, int side) {
+  return left < side ? static_cast<int>(left) : side;
+}
+
 // The portable tile: 64 x 64 sums by 64 threads, 8 x 8 in each, for every element type.
 inline constexpr int kTile = 64;
 inline constexpr int kTileThreads = 64;
-inline constexpr int kTileDepth = 16;
+inline constexpr int kTileDepth = 8;
 
 template <typename Acc>
 struct TileShared {
@@ -99,8 +117,12 @@ __device__ __forceinline__ void multiply_tile(TileShared<Acc>& shared, int64_t d
   for (int i = 0; i < 8; ++i)
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[i][j] = 0;
-  if (depth > 0) fetch(0);
+  // The next step's loads are under way while this one multiplies; doubles would not all fit the
+  // registers then.
+  constexpr bool kAhead = sizeof(Acc) == 4;
+  if (kAhead) fetch(0);
   for (int64_t first = 0; first < depth; first += kTileDepth) {
+    if (!kAhead) fetch(first);
     __syncthreads();  // the previous step has been read by all
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -111,7 +133,7 @@ __device__ __forceinline__ void multiply_tile(TileShared<Acc>& shared, int64_t d
       shared.b[k][row] = next_b[i];
     }
     __syncthreads();
-    if (first + kTileDepth < depth) fetch(first + kTileDepth);
+    if (kAhead && first + kTileDepth < depth) fetch(first + kTileDepth);
 #pragma unroll
     for (int k = 0; k < kTileDepth; ++k) {
       Acc a[8], b[8];
@@ -124,6 +146,21 @@ __device__ __forceinline__ void multiply_tile(TileShared<Acc>& shared, int64_t d
       for (int i = 0; i < 8; ++i)
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[i][j] = simt::fma(a[i], b[j], sum[i][j]);
+    }
+  }
+}
+
+// Writes the sums, each rounded once, to out[row, column].
+template <typename Out>
+__device__ __forceinline__ void store_tile(const acc_t<Out> (&sum)[8][8], Out* out, int64_t ld,
+                                           int rows, int columns) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = tile_index(threadIdx.x / 8, i);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int column = tile_index(threadIdx.x % 8, j);
+      if (row < rows && column < columns) out[row * ld + column] = from_acc<Out>(sum[i][j]);
     }
   }
 }

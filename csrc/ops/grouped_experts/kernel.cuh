@@ -13,6 +13,24 @@ MERGEME_HD grouped::TileGrid tile_grid(const Params& p, int64_t columns, int64_t
           ceil_div(columns, width)};
 }
 
+struct Tile {
+  int64_t expert;
+  int64_t row;     // first row of the sorted order
+  int64_t end;     // the expert's end; the tile is empty if row >= end
+  int64_t column;  // first column
+};
+
+__device__ __forceinline__ Tile find_tile(const Params& p, int64_t columns, int64_t number,
+                                          int64_t height, int64_t width) {
+  const auto grid = tile_grid(p, columns, height, width);
+  if (number >= grid.count()) return {};
+  int64_t row_tile, column_tile;
+  grid.locate(number, row_tile, column_tile);
+  const auto rows = grouped::find_row_tile(p.expert_offsets, p.num_experts, p.num_tokens * p.top_k,
+                                           height, row_tile);
+  return {rows.expert, rows.row, rows.end, column_tile * width};
+}
+
 // silu(gate) * up.
 template <typename Acc>
 __device__ __forceinline__ Acc swiglu(Acc gate, Acc up) {
@@ -33,8 +51,8 @@ struct GateUpShared {
 };
 
 // activation[s, i] = swiglu(gate_e[i] . x[token of s], up_e[i] . x[token of s]). A block owns 64
-// rows by 32 columns at a time: its first 32 products are with gate rows, the other 32 with the
-// same columns' up rows, and both of a pair belong to one thread.
+// rows by 32 columns: its first 32 products are with gate rows, the other 32 with the same columns'
+// up rows, and both of a pair belong to one thread.
 template <typename T>
 __global__ void __launch_bounds__(grouped::kTileThreads) gate_up_kernel(Params p) {
   using Acc = acc_t<T>;
@@ -42,88 +60,66 @@ __global__ void __launch_bounds__(grouped::kTileThreads) gate_up_kernel(Params p
   constexpr int kWidth = kTile / 2;
   auto& shared = *simt::dynamic_shared<GateUpShared<T>>();
   const T* x = static_cast<const T*>(p.x);
-  T* activation = static_cast<T*>(p.activation);
-  const int64_t num_slots = p.num_tokens * p.top_k;
-  if (blockIdx.x == 0) grouped::check_expert_offsets(p.expert_offsets, p.num_experts, num_slots);
-  const auto grid = tile_grid(p, p.intermediate, kTile, kWidth);
-  for (int64_t number = blockIdx.x; number < grid.count(); number += gridDim.x) {
-    int64_t row_tile, column_tile;
-    grid.locate(number, row_tile, column_tile);
-    const auto tile =
-        grouped::find_row_tile(p.expert_offsets, p.num_experts, num_slots, kTile, row_tile);
-    if (tile.row >= tile.end) continue;  // the same for all threads of the block
-    __syncthreads();                     // all have left the previous tile
-    for (int r = threadIdx.x; r < kTile; r += blockDim.x)
-      shared.rows[r] =
-          tile.row + r < tile.end ? x + token_of_row(p, tile.row + r) * p.hidden : nullptr;
-    __syncthreads();
-    const int64_t first = column_tile * kWidth, columns = p.intermediate - first;
-    const T* gate =
-        static_cast<const T*>(p.gate_up) + (tile.expert * 2 * p.intermediate + first) * p.hidden;
-    const T* up = gate + p.intermediate * p.hidden;
-    Acc sum[8][8];
-    grouped::multiply_tile<true, true>(
-        shared.tile, p.hidden,
-        [&](int i, int64_t k) {
-          const T* row = shared.rows[i];
-          return row ? to_acc(row[k]) : Acc{0};
-        },
-        [&](int j, int64_t k) {
-          const T* rows = j < kWidth ? gate : up;
-          return j % kWidth < columns ? to_acc(rows[j % kWidth * p.hidden + k]) : Acc{0};
-        },
-        sum);
+  const int64_t num_slots = p.num_tokens * p.top_k, number = grouped::block_number();
+  if (number == 0) grouped::check_expert_offsets(p.expert_offsets, p.num_experts, num_slots);
+  const auto tile = find_tile(p, p.intermediate, number, kTile, kWidth);
+  if (tile.row >= tile.end) return;  // the same for all threads of the block
+  const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
+  const int columns = grouped::clamp_left(p.intermediate - tile.column, kWidth);
+  static_assert(kTile == grouped::kTileThreads);
+  const int own = threadIdx.x;
+  shared.rows[own] = own < rows ? x + token_of_row(p, tile.row + own) * p.hidden : nullptr;
+  __syncthreads();
+  const T* gate = static_cast<const T*>(p.gate_up) +
+                  (tile.expert * 2 * p.intermediate + tile.column) * p.hidden;
+  const T* up = gate + p.intermediate * p.hidden;
+  Acc sum[8][8];
+  grouped::multiply_tile<true, true>(
+      shared.tile, p.hidden,
+      [&](int i, int64_t k) {
+        const T* row = shared.rows[i];
+        return row ? to_acc(row[k]) : Acc{0};
+      },
+      [&](int j, int64_t k) {
+        const T* from = j < kWidth ? gate : up;
+        return j % kWidth < columns ? to_acc(from[j % kWidth * p.hidden + k]) : Acc{0};
+      },
+      sum);
+  T* activation = static_cast<T*>(p.activation) + tile.row * p.intermediate + tile.column;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int64_t row = tile.row + grouped::tile_index(threadIdx.x / 8, i);
+  for (int i = 0; i < 8; ++i) {
+    const int row = grouped::tile_index(threadIdx.x / 8, i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = grouped::tile_index(threadIdx.x % 8, j);
-        if (row < tile.end && column < columns)
-          activation[row * p.intermediate + first + column] =
-              from_acc<T>(swiglu(sum[i][j], sum[i][j + 4]));
-      }
+    for (int j = 0; j < 4; ++j) {
+      const int column = grouped::tile_index(threadIdx.x % 8, j);
+      if (row < rows && column < columns)
+        activation[row * p.intermediate + column] = from_acc<T>(swiglu(sum[i][j], sum[i][j + 4]));
     }
   }
 }
 
 // expert_out[s, h] = down_e[h] . activation[s], kept in the accumulation type. A block owns one
-// tile of results at a time.
+// tile of results.
 template <typename T>
 __global__ void __launch_bounds__(grouped::kTileThreads) down_kernel(Params p) {
   using Acc = acc_t<T>;
   using grouped::kTile;
   auto& shared = *simt::dynamic_shared<grouped::TileShared<Acc>>();
-  Acc* expert_out = static_cast<Acc*>(p.expert_out);
-  const int64_t num_slots = p.num_tokens * p.top_k;
-  const auto grid = tile_grid(p, p.hidden, kTile, kTile);
-  for (int64_t number = blockIdx.x; number < grid.count(); number += gridDim.x) {
-    int64_t row_tile, column_tile;
-    grid.locate(number, row_tile, column_tile);
-    const auto tile =
-        grouped::find_row_tile(p.expert_offsets, p.num_experts, num_slots, kTile, row_tile);
-    if (tile.row >= tile.end) continue;  // the same for all threads of the block
-    const int64_t first = column_tile * kTile, columns = p.hidden - first;
-    const int64_t rows = tile.end - tile.row;
-    const T* a = static_cast<const T*>(p.activation) + tile.row * p.intermediate;
-    const T* b = static_cast<const T*>(p.down) + (tile.expert * p.hidden + first) * p.intermediate;
-    Acc sum[8][8];
-    grouped::multiply_tile<true, true>(
-        shared, p.intermediate,
-        [&](int i, int64_t k) { return i < rows ? to_acc(a[i * p.intermediate + k]) : Acc{0}; },
-        [&](int j, int64_t k) { return j < columns ? to_acc(b[j * p.intermediate + k]) : Acc{0}; },
-        sum);
-    Acc* to = expert_out + tile.row * p.hidden + first;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = grouped::tile_index(threadIdx.x / 8, i);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int column = grouped::tile_index(threadIdx.x % 8, j);
-        if (row < rows && column < columns) to[row * p.hidden + column] = sum[i][j];
-      }
-    }
-  }
+  const auto tile = find_tile(p, p.hidden, grouped::block_number(), kTile, kTile);
+  if (tile.row >= tile.end) return;  // the same for all threads of the block
+  const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
+  const int columns = grouped::clamp_left(p.hidden - tile.column, kTile);
+  const T* a = static_cast<const T*>(p.activation) + tile.row * p.intermediate;
+  const T* b =
+      static_cast<const T*>(p.down) + (tile.expert * p.hidden + tile.column) * p.intermediate;
+  Acc sum[8][8];
+  grouped::multiply_tile<true, true>(
+      shared, p.intermediate,
+      [&](int i, int64_t k) { return i < rows ? to_acc(a[i * p.intermediate + k]) : Acc{0}; },
+      [&](int j, int64_t k) { return j < columns ? to_acc(b[j * p.intermediate + k]) : Acc{0}; },
+      sum);
+  grouped::store_tile(sum, static_cast<Acc*>(p.expert_out) + tile.row * p.hidden + tile.column,
+                      p.hidden, rows, columns);
 }
 
 inline constexpr int kCombineThreads = 256;
@@ -136,16 +132,22 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Params p) {
   const Acc* expert_out = static_cast<const Acc*>(p.expert_out);
   const Acc* weights = static_cast<const Acc*>(p.topk_weights);
   T* out = static_cast<T*>(p.out);
-  for (int64_t t = blockIdx.x; t < p.num_tokens; t += gridDim.x)
+  const int64_t num_slots = p.num_tokens * p.top_k;
+  for (int64_t t = blockIdx.x; t < p.num_tokens; t += gridDim.x) {
+    bool inside = true;
+    for (int64_t k = 0; k < p.top_k; ++k) {
+      const int64_t row = p.inverse[t * p.top_k + k];
+      inside = inside && 0 <= row && row < num_slots;
+    }
+    MERGEME_DEVICE_ASSERT(inside);  // rows of inverse; once a token, so that the sums run free
     for (int64_t h = threadIdx.x; h < p.hidden; h += blockDim.x) {
       Acc sum = 0;
-      for (int64_t k = 0; k < p.top_k; ++k) {
-        const int64_t row = p.inverse[t * p.top_k + k];
-        MERGEME_DEVICE_ASSERT(0 <= row && row < p.num_tokens * p.top_k);
-        sum = simt::fma(weights[t * p.top_k + k], expert_out[row * p.hidden + h], sum);
-      }
+      for (int64_t k = 0; k < p.top_k; ++k)
+        sum = simt::fma(weights[t * p.top_k + k],
+                        expert_out[p.inverse[t * p.top_k + k] * p.hidden + h], sum);
       out[t * p.hidden + h] = from_acc<T>(sum);
     }
+  }
 }
 
 }  // namespace mergeme::grouped_experts

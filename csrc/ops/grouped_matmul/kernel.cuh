@@ -24,6 +24,7 @@ struct Tile {
 template <Layout kLayout>
 __device__ __forceinline__ Tile find_tile(const Params& p, const grouped::TileGrid& grid,
                                           int64_t number, int64_t height, int64_t width) {
+  if (number >= grid.count()) return {};
   int64_t row_tile, column_tile;
   grid.locate(number, row_tile, column_tile);
   if constexpr (kLayout == Layout::kTn) {
@@ -40,8 +41,8 @@ __device__ __forceinline__ Tile find_tile(const Params& p, const grouped::TileGr
 }
 
 // nt: out[m, n] = sum_k a[m, k] b[e, n, k]; nn: ... b[e, k, n]; tn: out[e, i, j] = sum_m a[m, i]
-// b[m, j] over the tokens m of expert e. A block owns one tile of results at a time; every result
-// belongs to one tile and one thread, so plain stores do.
+// b[m, j] over the tokens m of expert e. A block owns one tile of results; every result belongs to
+// one tile and one thread, so plain stores do.
 template <typename T, Layout kLayout>
 __global__ void __launch_bounds__(grouped::kTileThreads) grouped_matmul_kernel(Params p) {
   using Acc = acc_t<T>;
@@ -49,51 +50,37 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grouped_matmul_kernel(P
   auto& shared = *simt::dynamic_shared<grouped::TileShared<Acc>>();
   const T* a = static_cast<const T*>(p.a);
   const T* b = static_cast<const T*>(p.b);
-  T* out = static_cast<T*>(p.out);
-  if (blockIdx.x == 0) grouped::check_expert_offsets(p.expert_offsets, p.num_experts, p.num_tokens);
-  const auto grid = tile_grid(p, kTile, kTile);
-  for (int64_t number = blockIdx.x; number < grid.count(); number += gridDim.x) {
-    const Tile tile = find_tile<kLayout>(p, grid, number, kTile, kTile);
-    if (tile.row >= tile.end) continue;  // the same for all threads of the block
-    const int64_t rows = tile.end - tile.row, columns = p.out_columns - tile.column;
-    Acc sum[8][8];
-    if constexpr (kLayout == Layout::kTn) {
-      const T* from_a = a + tile.token * p.a_columns + tile.row;
-      const T* from_b = b + tile.token * p.out_columns + tile.column;
-      grouped::multiply_tile<false, false>(
-          shared, tile.depth,
-          [&](int i, int64_t k) { return i < rows ? to_acc(from_a[k * p.a_columns + i]) : Acc{0}; },
-          [&](int j, int64_t k) {
-            return j < columns ? to_acc(from_b[k * p.out_columns + j]) : Acc{0};
-          },
-          sum);
-    } else {
-      constexpr bool kNt = kLayout == Layout::kNt;
-      const T* from_a = a + tile.row * p.a_columns;
-      const T* from_b =
-          b + tile.expert * p.out_columns * p.a_columns + tile.column * (kNt ? p.a_columns : 1);
-      grouped::multiply_tile<true, kNt>(
-          shared, tile.depth,
-          [&](int i, int64_t k) { return i < rows ? to_acc(from_a[i * p.a_columns + k]) : Acc{0}; },
-          [&](int j, int64_t k) {
-            return j < columns ? to_acc(from_b[kNt ? j * p.a_columns + k : k * p.out_columns + j])
-                               : Acc{0};
-          },
-          sum);
-    }
-    const int64_t first = kLayout == Layout::kTn ? tile.expert * p.a_columns + tile.row : tile.row;
-    T* to = out + first * p.out_columns + tile.column;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = grouped::tile_index(threadIdx.x / 8, i);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int column = grouped::tile_index(threadIdx.x % 8, j);
-        if (row < rows && column < columns)
-          to[row * p.out_columns + column] = from_acc<T>(sum[i][j]);
-      }
-    }
+  const int64_t number = grouped::block_number();
+  if (number == 0) grouped::check_expert_offsets(p.expert_offsets, p.num_experts, p.num_tokens);
+  const Tile tile = find_tile<kLayout>(p, tile_grid(p, kTile, kTile), number, kTile, kTile);
+  if (tile.row >= tile.end) return;  // the same for all threads of the block
+  const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
+  const int columns = grouped::clamp_left(p.out_columns - tile.column, kTile);
+  Acc sum[8][8];
+  if constexpr (kLayout == Layout::kTn) {
+    a += tile.token * p.a_columns + tile.row;
+    b += tile.token * p.out_columns + tile.column;
+    grouped::multiply_tile<false, false>(
+        shared, tile.depth,
+        [&](int i, int64_t k) { return i < rows ? to_acc(a[k * p.a_columns + i]) : Acc{0}; },
+        [&](int j, int64_t k) { return j < columns ? to_acc(b[k * p.out_columns + j]) : Acc{0}; },
+        sum);
+  } else {
+    constexpr bool kNt = kLayout == Layout::kNt;
+    a += tile.row * p.a_columns;
+    b += tile.expert * p.out_columns * p.a_columns + tile.column * (kNt ? p.a_columns : 1);
+    grouped::multiply_tile<true, kNt>(
+        shared, tile.depth,
+        [&](int i, int64_t k) { return i < rows ? to_acc(a[i * p.a_columns + k]) : Acc{0}; },
+        [&](int j, int64_t k) {
+          return j < columns ? to_acc(b[kNt ? j * p.a_columns + k : k * p.out_columns + j])
+                             : Acc{0};
+        },
+        sum);
   }
+  const int64_t first = kLayout == Layout::kTn ? tile.expert * p.a_columns + tile.row : tile.row;
+  grouped::store_tile(sum, static_cast<T*>(p.out) + first * p.out_columns + tile.column,
+                      p.out_columns, rows, columns);
 }
 
 }  // namespace mergeme::grouped_matmul

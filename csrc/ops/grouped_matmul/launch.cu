@@ -1,23 +1,33 @@
-#include <algorithm>
-
-#include "csrc/ops/grouped_matmul/kernel.cuh"
+#include "csrc/ops/grouped_matmul/kernel_sm80.cuh"
 #include "csrc/simt/launch.h"
 
 namespace mergeme::grouped_matmul {
 namespace {
 
-// CUDA's limit on the grid's first dimension; blocks loop if a problem has more tiles.
-constexpr int64_t kMaxBlocks = 2147483647;
-
 template <typename T, Layout kLayout>
 void launch_portable(const Params& p, void* stream) {
-  const int64_t tiles = tile_grid(p, grouped::kTile, grouped::kTile).count();
   simt::launch("grouped_matmul",
-               {.grid = static_cast<unsigned>(std::min(tiles, kMaxBlocks)),
+               {.grid = grouped::blocks_for(tile_grid(p, grouped::kTile, grouped::kTile)),
                 .block = grouped::kTileThreads,
                 .shared_bytes = sizeof(grouped::TileShared<acc_t<T>>),
                 .stream = stream},
                grouped_matmul_kernel<T, kLayout>, p);
+}
+
+template <typename T, Layout kLayout>
+void launch_layout(const Params& p, void* stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (simt::compute_capability() >= 80 && fits_sm80(p)) {
+      constexpr int kSide = grouped::sm80::kSide;
+      return simt::launch("grouped_matmul (sm_80)",
+                          {.grid = grouped::blocks_for(tile_grid(p, kSide, kSide)),
+                           .block = grouped::sm80::kThreads,
+                           .shared_bytes = grouped::sm80::kSharedBytes,
+                           .stream = stream},
+                          grouped_matmul_sm80_kernel<T, kLayout>, p);
+    }
+  }
+  launch_portable<T, kLayout>(p, stream);
 }
 
 }  // namespace
@@ -27,11 +37,11 @@ void launch(const Params& p, void* stream) {
   dispatch_floating(p.dtype, [&]<typename T>() {
     switch (p.layout) {
       case Layout::kNt:
-        return launch_portable<T, Layout::kNt>(p, stream);
+        return launch_layout<T, Layout::kNt>(p, stream);
       case Layout::kNn:
-        return launch_portable<T, Layout::kNn>(p, stream);
+        return launch_layout<T, Layout::kNn>(p, stream);
       case Layout::kTn:
-        return launch_portable<T, Layout::kTn>(p, stream);
+        return launch_layout<T, Layout::kTn>(p, stream);
     }
   });
 }
