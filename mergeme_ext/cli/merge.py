@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from mergeme_ext.cli._progress import byte_bar
+from mergeme_ext.io import format_size
 from mergeme_ext.merging import load_merge_spec, plan_merge
 from mergeme_ext.merging.engine import CHUNK_ELEMENTS
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     set_threads(args)
     plan = plan_merge(load_merge_spec(args.recipe))
-    size = f"{len(plan.tensors)} tensors, {plan.total_bytes / 1e9:.2f} GB"
+    size = f"{len(plan.tensors)} tensors, {format_size(plan.total_bytes)}"
     if args.dry_run:
         if not args.quiet:
             print(f"{args.recipe}: all inputs fit; {plan.method.name} would write {size}")

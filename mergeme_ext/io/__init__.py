@@ -2,7 +2,7 @@
 
 from mergeme_ext.io import names
 from mergeme_ext.io.companions import copy_companions, portable_name, with_dtype
-from mergeme_ext.io.format import CheckpointError, TensorInfo, dtype_name, parse_size
+from mergeme_ext.io.format import CheckpointError, TensorInfo, dtype_name, format_size, parse_size
 from mergeme_ext.io.sink import CheckpointSink
 from mergeme_ext.io.source import CheckpointSource
 
@@ -13,6 +13,7 @@ __all__ = [
     "TensorInfo",
     "copy_companions",
     "dtype_name",
+    "format_size",
     "names",
     "parse_size",
     "portable_name",

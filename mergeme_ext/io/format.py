@@ -20,6 +20,7 @@ __all__ = [
     "TensorInfo",
     "dtype_name",
     "encode_header",
+    "format_size",
     "load_json_object",
     "parse_size",
     "read_header",
@@ -98,6 +99,16 @@ def parse_size(size: int | str) -> int:
     if not (math.isfinite(value) and value >= 1):
         raise ValueError(f"expected a size such as 5GB or 500MB, got {size!r}")
     return int(value)
+
+
+def format_size(nbytes: int) -> str:
+    """Return ``nbytes`` for people: ``269 MB``, ``5.2 GB``; decimal like ``parse_size``."""
+    value, unit = float(nbytes), "B"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mergeme_ext.io.format import (
     TensorInfo,
     dtype_name,
     encode_header,
+    format_size,
     parse_size,
 )
 from mergeme_ext.io.source import INDEX, SINGLE
@@ -237,7 +238,7 @@ class CheckpointSink:
         free = shutil.disk_usage(self._folder).free
         needed = self.total_bytes + _SPARE_BYTES
         if needed > free:
-            self._no_room(f"needs {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free")
+            self._no_room(f"needs {format_size(needed)}, only {format_size(free)} are free")
 
     def _no_room(self, reason: str) -> None:
         raise OSError(errno.ENOSPC, f"no room for the checkpoint: {reason}", str(self.path))
@@ -253,7 +254,7 @@ class CheckpointSink:
             _write_all(descriptor, header, 0)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                self._no_room(f"could not reserve {size / 1e9:.2f} GB ({error.strerror})")
+                self._no_room(f"could not reserve {format_size(size)} ({error.strerror})")
             raise
         position = len(header)
         for tensor in shard:

@@ -32,14 +32,14 @@ def models(tmp_path, monkeypatch):
 def test_merge(models, capsys):
     assert main(["merge", "r.yaml", "out", "--threads", "1", "--max-shard-size", "5KB"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("out: 21 tensors, 0.00 GB in ") and err == ""
+    assert out.startswith("out: 21 tensors, 20.8 KB in ") and err == ""
     assert len(CheckpointSource(models / "out")) == 21
 
 
 def test_quiet_and_dry_run(models, capsys):
     assert main(["merge", "r.yaml", "out", "--dry-run"]) == 0
     assert capsys.readouterr().out == (
-        "r.yaml: all inputs fit; ties would write 21 tensors, 0.00 GB\n"
+        "r.yaml: all inputs fit; ties would write 21 tensors, 20.8 KB\n"
     )
     assert not (models / "out").exists()
     assert main(["merge", "r.yaml", "out", "--quiet"]) == 0

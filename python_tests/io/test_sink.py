@@ -12,7 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeme_ext.io import CheckpointError, CheckpointSink, CheckpointSource, parse_size
+from mergeme_ext.io import (
+    CheckpointError,
+    CheckpointSink,
+    CheckpointSource,
+    format_size,
+    parse_size,
+)
 from mergeme_ext.io import sink as sink_module
 from mergeme_ext.io.format import DTYPES
 from python_tests.io.test_source import random_tensor, same_bits
@@ -239,7 +245,7 @@ def test_target_through_symbolic_link(tmp_path):
 def test_too_little_space_is_seen_first(tmp_path):
     huge = [("w", torch.float32, (2**50,))]
     with (
-        pytest.raises(OSError, match=r"no room for the checkpoint: needs 4503599.66 GB"),
+        pytest.raises(OSError, match=r"no room for the checkpoint: needs 4.5e"),
         CheckpointSink(tmp_path / "out", huge),
     ):
         raise AssertionError("unreachable")
@@ -274,6 +280,14 @@ def test_reservation_falls_back(tmp_path, monkeypatch, code):
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "size, text",
+    [(0, "0 B"), (999, "999 B"), (20800, "20.8 KB"), (999_900, "1 MB"), (5_200_000_000, "5.2 GB")],
+)
+def test_sizes_for_people(size, text):
+    assert format_size(size) == text
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "nanGB", "infGB", "5 miles"])
