@@ -38,6 +38,7 @@ from pathlib import Path
 from mergeme_ext.assembly import load_moe_spec, plan_moe
 from mergeme_ext.cli._progress import byte_bar
 from mergeme_ext.cli.merge import add_output_arguments, set_threads
+from mergeme_ext.io import format_size
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -65,9 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     plan = plan_moe(load_moe_spec(args.recipe))
-    size = (
-        f"{len(plan.experts)} experts, {len(plan.tensors)} tensors, {plan.total_bytes / 1e9:.2f} GB"
-    )
+    size = format_size(plan.total_bytes)
+    size = f"{len(plan.experts)} experts, {len(plan.tensors)} tensors, {size}"
     if args.dry_run:
         if not args.quiet:
             print(f"{args.recipe}: all inputs fit; the model would have {size}")
