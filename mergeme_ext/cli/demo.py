@@ -70,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if WAITING not in os.environ:
+    if WAITING not in os.environ and sys.argv[1:2] == ["demo"]:  # a command line, not a caller
         os.environ[WAITING] = "passive"
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "mergeme_ext", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     from mergeme_ext.demo import DemoSettings, InputsMissing, run_demo
 
     texts = {}

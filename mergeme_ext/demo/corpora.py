@@ -160,7 +160,7 @@ def _text_of(line: str, file: Path, number: int) -> str:
 
 
 def split(documents: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """Return training and held-out passages of ``documents``; no document is in both.
+    """Return training and held-out passages of ``documents``; no document or passage is in both.
 
     One document in twenty, at least one, is held out: those whose hash is least. Documents are cut
     at line ends into passages, which are put in the order of their hashes, so that the result does
@@ -173,9 +173,9 @@ def split(documents: Sequence[str], name: str) -> tuple[list[str], list[str]]:
     if len(ordered) < 2:
         raise ValueError(f"{name}: expected at least two different documents, got {len(ordered)}")
     count = max(1, round(HELD_OUT_SHARE * len(ordered)))
-    parts = ordered[count:], ordered[:count]
-    train, held_out = (sorted({p for d in part for p in passages(d)}, key=_hash) for part in parts)
-    return train, held_out
+    held_out = {p for d in ordered[:count] for p in passages(d)}
+    train = {p for d in ordered[count:] for p in passages(d)} - held_out
+    return sorted(train, key=_hash), sorted(held_out, key=_hash)
 
 
 def _hash(text: str) -> bytes:

@@ -71,7 +71,7 @@ def compute_dtype() -> torch.dtype:
 
 
 def autocast(dtype: torch.dtype):
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:
         return contextlib.nullcontext()
     return torch.autocast("cpu", dtype=dtype)
 

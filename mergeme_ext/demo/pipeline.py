@@ -65,9 +65,9 @@ def run_demo(settings: DemoSettings, write: Callable[[str], None] = _print) -> l
     """
     voice = _Voice(write)
     settings.cache.mkdir(parents=True, exist_ok=True)
-    settings.out.mkdir(parents=True, exist_ok=True)
     voice.heading("inputs")
     inputs = gather(settings, voice.line)
+    settings.out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(inputs.base)
     separator = separator_id(tokenizer)
     dtype = compute_dtype()

@@ -61,8 +61,8 @@ class DemoSettings:
     cache: Path
     base: Path | None = None
     texts: Mapping[str, Path] = field(default_factory=dict)
-    steps: int = 30
-    rows: int = 8
+    steps: int = 24
+    rows: int = 6
     fresh: bool = False
 
     def __post_init__(self) -> None:

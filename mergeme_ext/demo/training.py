@@ -30,10 +30,10 @@ class Training:
         clip: Longest gradient.
     """
 
-    steps: int = 30
+    steps: int = 24
     rows: int = 2
     row_tokens: int = 256
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     weight_decay: float = 0.01
     clip: float = 1.0
 
