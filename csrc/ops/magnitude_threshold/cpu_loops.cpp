@@ -58,10 +58,11 @@ MERGEME_INLINE int places_between(const Bits* __restrict bits, int n, Bits low, 
     }
   }
 #endif
-  for (; j < n; ++j) {
+  for (int k = j; k < n; ++k) greater += bits[k] > high ? 1 : 0;
+  const Bits width = high - low;
+  for (; j < n; ++j) {  // one comparison and no branch: which way it goes is hard to foretell
     places[count] = uint32_t(j);
-    count += bits[j] >= low && bits[j] <= high ? 1 : 0;
-    greater += bits[j] > high ? 1 : 0;
+    count += Bits(bits[j] - low) <= width;
   }
   above = greater;
   return count;

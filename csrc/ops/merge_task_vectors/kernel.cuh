@@ -48,6 +48,8 @@ __global__ void merge_kernel(Params p) {
     for (int64_t m = 0; m < p.num_models; ++m) {
       const Term<Acc> term = terms[m];
       run.load(static_cast<const T*>(term.data), x);
+      const int64_t to_tie = term.tie_end - (p.offset + start);
+      const int ties = to_tie < 0 ? 0 : to_tie < kRun ? int(to_tie) : kRun;
       PhiloxWords words{};
       if (p.mask == Mask::kRandom)
         words = drop_words(p.key, uint64_t(first_group + g), uint32_t(m));
@@ -58,8 +60,7 @@ __global__ void merge_kernel(Params p) {
         if (p.mask == Mask::kRandom) {
           kept = ((words.w[e / 2] >> (e % 2 * 16)) & 0xffffu) < term.keep_below;
         } else {
-          const bool before = p.offset + start + e < term.tie_end;
-          kept = magnitude_bits(delta) >= (before ? term.cut_before : term.cut_after);
+          kept = magnitude_bits(delta) >= (e < ties ? term.cut_before : term.cut_after);
         }
         const Acc v = kept ? term.coefficient * delta : Acc(0);
         if constexpr (kElect == Elect::kNone) {
