@@ -131,8 +131,13 @@ def perplexity(model, rows: Tensor, dtype: torch.dtype, batch: int = 4) -> float
 
 
 @torch.no_grad()
-def continuation(model, tokenizer, prompt: str, max_new_tokens: int, dtype: torch.dtype) -> str:
-    """Return what ``model`` writes after ``prompt``, taking the likeliest token each time."""
+def continuation(
+    model, tokenizer, prompt: str, max_new_tokens: int, separator: int, dtype: torch.dtype
+) -> str:
+    """Return what ``model`` writes after ``prompt``, taking the likeliest token each time.
+
+    It ends at ``separator``, the token between texts, if that comes first.
+    """
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
     with autocast(dtype):
         ids = model.generate(
@@ -140,6 +145,7 @@ def continuation(model, tokenizer, prompt: str, max_new_tokens: int, dtype: torc
             max_new_tokens=max_new_tokens,
             do_sample=False,
             repetition_penalty=1.1,
+            eos_token_id=separator,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

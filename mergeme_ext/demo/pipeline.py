@@ -30,10 +30,10 @@ __all__ = ["run_demo"]
 
 SEPARATOR = "<|endoftext|>"
 SAMPLE_TOKENS = 48
+# They end inside a line: the end of a line would split a token that the tokenizer never splits.
 SAMPLE_PROMPTS = {
-    "medicine": "Question: Which vitamin deficiency causes scurvy?\nA. Vitamin A\nB. Vitamin B12\n"
-    "C. Vitamin C\nD. Vitamin D\nAnswer:",
-    "code": 'def read_lines(path):\n    """Return the lines of a text file."""\n',
+    "medicine": "Question: Deficiency of insulin causes",
+    "code": "import json\n\n\ndef load_config(path):\n    with open(path) as file:",
 }
 
 
@@ -104,7 +104,7 @@ def run_demo(settings: DemoSettings, write: Callable[[str], None] = _print) -> l
 
     best = outcome.best_moe(results)
     voice.heading(f"samples: {best.model.label}, likeliest token each time")
-    samples = write_samples(best.model, tokenizer, dtype)
+    samples = write_samples(best.model, tokenizer, separator, dtype)
     for domain, text in samples.items():
         voice.line(f"{domain}:")
         write(textwrap.indent(SAMPLE_PROMPTS[domain] + text, "    | "))
@@ -217,11 +217,11 @@ def evaluate(
     return Result(model, {domain: values[domain] for domain in held_out})
 
 
-def write_samples(model: Made, tokenizer, dtype: torch.dtype) -> dict[str, str]:
+def write_samples(model: Made, tokenizer, separator: int, dtype: torch.dtype) -> dict[str, str]:
     """Return what ``model`` writes after each domain's prompt."""
     loaded = load_model(model.folder)
     return {
-        domain: continuation(loaded, tokenizer, prompt, SAMPLE_TOKENS, dtype)
+        domain: continuation(loaded, tokenizer, prompt, SAMPLE_TOKENS, separator, dtype)
         for domain, prompt in SAMPLE_PROMPTS.items()
     }
 

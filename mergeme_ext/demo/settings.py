@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Label -> how the router starts.
 ROUTERS: dict[str, dict[str, Any]] = {
-    "hidden": {"gate_mode": "hidden", "gate_scale": 4.0, "prompt_tokens": 128},
+    "hidden": {"gate_mode": "hidden", "gate_scale": 8.0, "prompt_tokens": 128},
     "random": {"gate_mode": "random"},
 }
 ROUTER_PROMPTS = 16
