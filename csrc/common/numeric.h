@@ -35,6 +35,17 @@ MERGEME_HD float float_of(uint32_t u) {
   return x;
 }
 
+MERGEME_HD uint64_t bits_of(double x) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
+  return u;
+}
+MERGEME_HD double double_of(uint64_t u) {
+  double x;
+  memcpy(&x, &u, 8);
+  return x;
+}
+
 // Accumulator of T: float for everything up to float32, double for float64.
 template <typename T>
 struct acc {
@@ -110,5 +121,8 @@ void dispatch_floating(DType dtype, F&& fn) {
 }
 
 MERGEME_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether 16-byte vector accesses may start at `p`. For host code.
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace mergeme

@@ -12,17 +12,9 @@ enum class Mask : int32_t { kAll, kMagnitude, kRandom };
 
 // The bits of |x|. As integers they order like magnitudes, with NaN above infinity.
 MERGEME_HD uint32_t magnitude_bits(float x) { return bits_of(x) & 0x7fffffffu; }
-MERGEME_HD uint64_t magnitude_bits(double x) {
-  uint64_t u;
-  memcpy(&u, &x, 8);
-  return u & 0x7fffffffffffffffull;
-}
+MERGEME_HD uint64_t magnitude_bits(double x) { return bits_of(x) & 0x7fffffffffffffffull; }
 MERGEME_HD float magnitude_of(uint32_t bits) { return float_of(bits); }
-MERGEME_HD double magnitude_of(uint64_t bits) {
-  double x;
-  memcpy(&x, &bits, 8);
-  return x;
-}
+MERGEME_HD double magnitude_of(uint64_t bits) { return double_of(bits); }
 
 template <typename Acc>
 struct Magnitude {

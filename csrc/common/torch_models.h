@@ -46,9 +46,7 @@ inline void check_probabilities(const char* op, Mask mask, const double* selecti
                       selection[2 * m], " for model ", m);
 }
 
-inline bool is_aligned(const at::Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
+inline bool is_aligned(const at::Tensor& t) { return is_aligned(t.const_data_ptr()); }
 
 // Contiguous copies where needed, and the addresses of all M tensors in a table.
 class HostModels {

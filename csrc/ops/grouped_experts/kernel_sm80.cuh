@@ -6,11 +6,10 @@ namespace mergeme::grouped_experts {
 
 // Whether every 16-byte chunk that the tensor-core kernels copy is aligned and lies in one row.
 inline bool fits_sm80(const Params& p) {
-  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
-  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && aligned(p.x) &&
-         aligned(p.gate_up) && aligned(p.down) && aligned(p.activation) && aligned(p.expert_out) &&
-         p.hidden % 8 == 0 && p.intermediate % 8 == 0 && p.hidden <= grouped::sm80::kMaxDepth &&
-         p.intermediate <= grouped::sm80::kMaxDepth;
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && is_aligned(p.x) &&
+         is_aligned(p.gate_up) && is_aligned(p.down) && is_aligned(p.activation) &&
+         is_aligned(p.expert_out) && p.hidden % 8 == 0 && p.intermediate % 8 == 0 &&
+         p.hidden <= grouped::sm80::kMaxDepth && p.intermediate <= grouped::sm80::kMaxDepth;
 }
 
 // Columns of the activation in one tile: as many gate columns and as many up columns.

@@ -6,9 +6,8 @@ namespace mergeme::grouped_matmul {
 
 // Whether every 16-byte chunk that the tensor-core kernel copies is aligned and lies in one row.
 inline bool fits_sm80(const Params& p) {
-  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
-  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && aligned(p.out) &&
-         aligned(p.a) && aligned(p.b) && p.a_columns % 8 == 0 &&
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && is_aligned(p.out) &&
+         is_aligned(p.a) && is_aligned(p.b) && p.a_columns % 8 == 0 &&
          p.a_columns <= grouped::sm80::kMaxDepth &&
          (p.layout == Layout::kNt || p.out_columns % 8 == 0);
 }

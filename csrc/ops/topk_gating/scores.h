@@ -4,7 +4,6 @@
 // order (32 strided partial sums, then halves onto halves), so all backends agree in every bit.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "csrc/common/numeric.h"
@@ -35,18 +34,6 @@ MERGEME_HD float exp_nonpositive(float x) {
   const uint32_t half = static_cast<uint32_t>(exponent >> 1);
   const uint32_t rest = static_cast<uint32_t>(exponent) - half;
   return y * float_of((half + 127u) << 23) * float_of((rest + 127u) << 23);
-}
-
-using mergeme::bits_of;  // the double's overload would hide the float's
-MERGEME_HD uint64_t bits_of(double x) {
-  uint64_t u;
-  memcpy(&u, &x, 8);
-  return u;
-}
-MERGEME_HD double double_of(uint64_t u) {
-  double x;
-  memcpy(&x, &u, 8);
-  return x;
 }
 
 MERGEME_HD double exp_nonpositive(double x) {
