@@ -1,7 +1,6 @@
 """Puts LLaMA- or Mistral-shaped experts into a Mixtral checkpoint, one tensor at a time."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,14 @@ from mergeme_ext.assembly.router_init import (
 )
 from mergeme_ext.io import CheckpointSink, TensorInfo, copy_companions, dtype_name, names
 from mergeme_ext.merging.card import CONFIG_NAME
-from mergeme_ext.merging.engine import CHUNK_ELEMENTS, Progress, ProgressFactory, merge_tensor
+from mergeme_ext.merging.engine import (
+    CHUNK_ELEMENTS,
+    Progress,
+    ProgressFactory,
+    check_output,
+    merge_tensor,
+    progress_bar,
+)
 from mergeme_ext.merging.registry import MergeMethod
 
 __all__ = ["MoEPlan", "build_moe", "plan_moe"]
@@ -98,11 +104,8 @@ class MoEPlan:
         progress: ProgressFactory | None = None,
     ) -> None:
         """Write the result; see ``build_moe``."""
-        if chunk_elements < 1:
-            raise ValueError(f"expected chunk_elements of at least 1, got {chunk_elements}")
-        for model in (self.base, *self.experts):
-            if os.path.realpath(out) == os.path.realpath(model.source.path):
-                raise ValueError(f"{out} is one of the inputs; choose another folder")
+        inputs = [model.source for model in (self.base, *self.experts)]
+        check_output(out, inputs, chunk_elements)
         infos = [tensor.info for tensor in self.tensors]
         planned = CheckpointSink(out, infos, max_shard_size=max_shard_size, overwrite=overwrite)
         rows = router_rows(self.spec, self.base, self.experts)
@@ -112,13 +115,9 @@ class MoEPlan:
             recipe = recipe_text(self.spec)
             sink.write_text(CONFIG_NAME, recipe)
             sink.write_text("README.md", model_card(self.spec, recipe))
-            bar = None if progress is None else progress(self.total_bytes)
-            try:
+            with progress_bar(progress, self.total_bytes) as bar:
                 for tensor in self.tensors:
                     self._write(sink, tensor, rows, chunk_elements, bar)
-            finally:
-                if bar is not None:
-                    bar.close()
 
     def _write(
         self,
@@ -126,21 +125,19 @@ class MoEPlan:
         tensor: PlannedTensor,
         rows: Sequence[Tensor],
         chunk_elements: int,
-        bar: Progress | None,
+        bar: Progress,
     ) -> None:
         info = tensor.info
         if tensor.layer is not None:
             sink.write(info.name, rows[tensor.layer].to(info.dtype))
-            if bar is not None:
-                bar.update(info.nbytes)
+            bar.update(info.nbytes)
         elif tensor.expert is not None:
             source = self.experts[tensor.expert].source
             flat = source.tensor(tensor.origin).view(-1)
             for start in range(0, info.numel, chunk_elements):
                 chunk = flat[start : start + chunk_elements].to(info.dtype)
                 sink.write_at(info.name, start, chunk)
-                if bar is not None:
-                    bar.update(chunk.nbytes)
+                bar.update(chunk.nbytes)
             source.release(tensor.origin)
         else:
             base, *tensors = (

@@ -17,68 +17,18 @@ all models are known to fit. OUT appears when it is complete, or not at all.
 """
 
 import argparse
-import os
-import time
-from pathlib import Path
 
-import torch
-
-from mergeme_ext.cli._progress import byte_bar
+from mergeme_ext.cli._output import add_output_arguments, carry_out, set_threads
 from mergeme_ext.io import format_size
 from mergeme_ext.merging import load_merge_spec, plan_merge
-from mergeme_ext.merging.engine import CHUNK_ELEMENTS
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "merge checkpoints into one of the same architecture"
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that writes a checkpoint."""
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace OUT if it is a checkpoint already; the old one stays until the new is whole",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="split the weights into files of at most this size (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chunk-elements",
-        type=int,
-        default=CHUNK_ELEMENTS,
-        metavar="N",
-        help="weights merged at a time; lower it to save memory, the result stays the same "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads to use (default: torch's choice)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be written, stop"
-    )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-
-
-def set_threads(args: argparse.Namespace) -> None:
-    """Obey ``--threads``.
-
-    Raises:
-        ValueError: It is below 1.
-    """
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"expected --threads of at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments to ``parser``."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the YAML recipe")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make for the result")
     add_output_arguments(parser)
 
 
@@ -86,18 +36,6 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     set_threads(args)
     plan = plan_merge(load_merge_spec(args.recipe))
-    size = f"{len(plan.tensors)} tensors, {format_size(plan.total_bytes)}"
-    if args.dry_run:
-        if not args.quiet:
-            print(f"{args.recipe}: all inputs fit; {plan.method.name} would write {size}")
-        return
-    begin = time.perf_counter()
-    plan.run(
-        args.out,
-        chunk_elements=args.chunk_elements,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-        progress=byte_bar(plan.method.name, quiet=args.quiet),
-    )
-    if not args.quiet:
-        print(f"{os.fspath(args.out)}: {size} in {time.perf_counter() - begin:.1f} s")
+    contents = f"{len(plan.tensors)} tensors, {format_size(plan.total_bytes)}"
+    name = plan.method.name
+    carry_out(plan, args, label=name, would=f"{name} would write", contents=contents)

@@ -29,15 +29,11 @@ all models are known to fit. OUT appears when it is complete, or not at all.
 """
 
 import argparse
-import os
 import sys
-import time
 import warnings
-from pathlib import Path
 
 from mergeme_ext.assembly import load_moe_spec, plan_moe
-from mergeme_ext.cli._progress import byte_bar
-from mergeme_ext.cli.merge import add_output_arguments, set_threads
+from mergeme_ext.cli._output import add_output_arguments, carry_out, set_threads
 from mergeme_ext.io import format_size
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -47,8 +43,6 @@ HELP = "build a Mixture-of-Experts model (Mixtral) of fine-tuned models"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments to ``parser``."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the YAML recipe")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make for the result")
     add_output_arguments(parser)
 
 
@@ -67,18 +61,5 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     plan = plan_moe(load_moe_spec(args.recipe))
     size = format_size(plan.total_bytes)
-    size = f"{len(plan.experts)} experts, {len(plan.tensors)} tensors, {size}"
-    if args.dry_run:
-        if not args.quiet:
-            print(f"{args.recipe}: all inputs fit; the model would have {size}")
-        return
-    begin = time.perf_counter()
-    plan.run(
-        args.out,
-        chunk_elements=args.chunk_elements,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-        progress=byte_bar("moe", quiet=args.quiet),
-    )
-    if not args.quiet:
-        print(f"{os.fspath(args.out)}: {size} in {time.perf_counter() - begin:.1f} s")
+    contents = f"{len(plan.experts)} experts, {len(plan.tensors)} tensors, {size}"
+    carry_out(plan, args, label="moe", would="the model would have", contents=contents)

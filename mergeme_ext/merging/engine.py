@@ -4,10 +4,11 @@ Memory is bounded by the chunk, whatever the size of the tensors: inputs are map
 merged chunk goes to its place in the output at once. No bit of the result depends on the chunk.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,40 @@ class Progress(Protocol):
 
 # Called with the number of bytes to come.
 ProgressFactory = Callable[[int], Progress]
+
+
+class _NoProgress:
+    def update(self, n: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+_NO_PROGRESS = _NoProgress()
+
+
+@contextlib.contextmanager
+def progress_bar(progress: ProgressFactory | None, total_bytes: int) -> Iterator[Progress]:
+    """Give a display of ``total_bytes`` to come, closed at the end; a silent one for None."""
+    bar = _NO_PROGRESS if progress is None else progress(total_bytes)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def check_output(out: str | Path, inputs: Iterable[CheckpointSource], chunk_elements: int) -> None:
+    """Refuse to write onto an input, or in chunks of nothing.
+
+    Raises:
+        ValueError: ``out`` is one of ``inputs``, or ``chunk_elements`` is below 1.
+    """
+    if chunk_elements < 1:
+        raise ValueError(f"expected chunk_elements of at least 1, got {chunk_elements}")
+    for source in inputs:
+        if os.path.realpath(out) == os.path.realpath(source.path):
+            raise ValueError(f"{out} is one of the inputs; choose another folder")
 
 
 def merge_chunks(
@@ -102,7 +137,7 @@ def merge_tensor(
     dtype: torch.dtype,
     tensor_name: str | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
-    progress: Progress | None = None,
+    progress: Progress = _NO_PROGRESS,
 ) -> None:
     """Merge one tensor into the sink's tensor ``name``; see ``merge_chunks``.
 
@@ -120,8 +155,7 @@ def merge_tensor(
     )
     for start, chunk in chunks:
         sink.write_at(name, start, chunk)
-        if progress is not None:
-            progress.update(chunk.nbytes)
+        progress.update(chunk.nbytes)
 
 
 @dataclass(frozen=True)
@@ -173,11 +207,7 @@ class MergePlan:
         progress: ProgressFactory | None = None,
     ) -> None:
         """Write the result; see ``merge``."""
-        if chunk_elements < 1:
-            raise ValueError(f"expected chunk_elements of at least 1, got {chunk_elements}")
-        for source in (self.lead, *self.models):
-            if os.path.realpath(out) == os.path.realpath(source.path):
-                raise ValueError(f"{out} is one of the inputs; choose another folder")
+        check_output(out, (self.lead, *self.models), chunk_elements)
         planned = CheckpointSink(
             out,
             [t.info for t in self.tensors],
@@ -186,14 +216,10 @@ class MergePlan:
         )
         with planned as sink:
             self._write_companions(sink)
-            bar = None if progress is None else progress(self.total_bytes)
-            try:
+            with progress_bar(progress, self.total_bytes) as bar:
                 for position, tensor in enumerate(self.tensors):
                     self._prefetch(position + 1)
                     self._write(sink, tensor, chunk_elements, bar)
-            finally:
-                if bar is not None:
-                    bar.close()
 
     def _write_companions(self, sink: CheckpointSink) -> None:
         if self.config:
@@ -213,13 +239,12 @@ class MergePlan:
                 source.prefetch(name)
 
     def _write(
-        self, sink: CheckpointSink, tensor: PlannedTensor, chunk: int, bar: Progress | None
+        self, sink: CheckpointSink, tensor: PlannedTensor, chunk: int, bar: Progress
     ) -> None:
         name = tensor.info.name
         if not tensor.merged:
             sink.write(name, self.lead.tensor(tensor.base_name or tensor.model_names[0]))
-            if bar is not None:
-                bar.update(tensor.info.nbytes)
+            bar.update(tensor.info.nbytes)
             return
         views = [source.tensor(stored) for source, stored in self._sources(tensor)]
         base = views.pop(0) if self.method.needs_base else None
