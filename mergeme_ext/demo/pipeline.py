@@ -107,7 +107,7 @@ def run_demo(settings: DemoSettings, write: Callable[[str], None] = _print) -> l
     samples = write_samples(best.model, tokenizer, separator, dtype)
     for domain, text in samples.items():
         voice.line(f"{domain}:")
-        write(textwrap.indent(SAMPLE_PROMPTS[domain] + text, "    | "))
+        write(textwrap.indent(SAMPLE_PROMPTS[domain] + text, "    | ", lambda line: True))
 
     conclude(settings, results, samples, inputs, dtype, write)
     return results
@@ -238,7 +238,7 @@ def conclude(
     table = outcome.table(results)
     notes = [
         "* least in its column; med + code is the geometric mean of both experts' domains",
-        *(("yes  " if f["holds"] else "NO   ") + f["text"] for f in outcome.findings(results)),
+        *(("yes  " if f["holds"] else "no   ") + f["text"] for f in outcome.findings(results)),
     ]
     write("\n" + table + "\n\n" + "\n".join(notes))
     out = settings.out
