@@ -107,21 +107,26 @@ def merge_chunks(
         chunk_elements: Elements in a chunk at most. No bit depends on it.
 
     Arithmetic is float32, or float64 if an input is; inputs of different dtypes are widened
-    first, and the result is rounded once. Methods of TENSOR scope widen whole tensors for their
-    statistics if (and only if) dtypes differ.
+    first, and the result is rounded once.
     """
-    inputs = [t.reshape(-1) for t in tensors]
-    flat_base = None if base is None else base.reshape(-1)
-    every = inputs if flat_base is None else [flat_base, *inputs]
+    every = [*tensors] if base is None else [base, *tensors]
     common = every[0].dtype
     for tensor in every:
         common = torch.promote_types(common, tensor.dtype)
-    # If all dtypes agree the op rounds; else it works in the accumulation type and to() rounds.
+    every = [t.to(common) for t in every]
+    whole_base, whole = (None, every) if base is None else (every[0], every[1:])
+    # If the dtypes agree the op rounds; else it works in the accumulation type and to() rounds.
     wide = torch.float64 if common == torch.float64 else torch.float32
     work = dtype if dtype == common else wide
-    combine = method.prepare(flat_base, inputs, parameters, tensor_name=tensor_name)
-    for start in range(0, inputs[0].numel(), chunk_elements):
-        chunk = slice(start, start + chunk_elements)
+    combine = method.prepare(whole_base, whole, parameters, tensor_name=tensor_name)
+    flat_base = None if whole_base is None else whole_base.reshape(-1)
+    inputs = [t.reshape(-1) for t in whole]
+    step = chunk_elements
+    if method.whole_rows:
+        row = max(1, whole[0].shape[-1] if whole[0].dim() else 1)
+        step = max(1, chunk_elements // row) * row
+    for start in range(0, inputs[0].numel(), step):
+        chunk = slice(start, start + step)
         base_chunk = None if flat_base is None else flat_base[chunk].to(work)
         yield start, combine(base_chunk, [t[chunk].to(work) for t in inputs], start).to(dtype)
 
