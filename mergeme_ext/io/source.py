@@ -1,6 +1,8 @@
 """Reads checkpoints lazily: headers at once and strictly, tensors as views of the mapped files."""
 
+import functools
 import json
+import math
 import mmap
 import stat
 import sys
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergeme_ext.io.format import CheckpointError, TensorInfo, load_json_object, read_header
+from mergeme_ext.io.operands import Operand, Stored, check_rows
 
 __all__ = ["CheckpointSource"]
 
@@ -71,17 +74,53 @@ class _MappedFile:
             self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
 
     def tensor(self, info: TensorInfo) -> Tensor:
-        if info.numel == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        raw = self.bytes[info.start : info.start + info.nbytes]
-        if info.start % info.dtype.itemsize:
-            raw = raw.clone()  # a header of odd length: aligned access needs a copy
-        return raw.view(info.dtype).view(info.shape)
+        return self.elements(info, 0, info.numel).view(info.shape)
 
-    def advise(self, info: TensorInfo, advice: int) -> None:
+    def elements(self, info: TensorInfo, begin: int, end: int) -> Tensor:
+        """Return elements ``[begin, end)`` of a tensor, flat: a view, or a copy if unaligned."""
+        if begin == end:
+            return torch.empty(0, dtype=info.dtype)
+        size = info.dtype.itemsize
+        raw = self.bytes[info.start + begin * size : info.start + end * size]
+        return (raw if self.aligned(info) else raw.clone()).view(info.dtype)
+
+    def aligned(self, info: TensorInfo) -> bool:
+        """Whether a view of the tensor's data is possible: its header may have an odd length."""
+        return info.start % info.dtype.itemsize == 0 or info.numel == 0
+
+    def prefetch(self, info: TensorInfo) -> None:
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._advise(info, mmap.MADV_WILLNEED)
+
+    def release(self, info: TensorInfo) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._advise(info, mmap.MADV_DONTNEED)
+
+    def _advise(self, info: TensorInfo, advice: int) -> None:
         start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
         if info.nbytes:
             self.map.madvise(advice, start, info.start + info.nbytes - start)
+
+
+class _Unaligned:
+    """A tensor at an odd address of its file, copied by rows."""
+
+    def __init__(self, file: _MappedFile, info: TensorInfo):
+        self.dtype = info.dtype
+        self.shape = info.shape
+        self._file = file
+        self._info = info
+        self.prefetch = functools.partial(file.prefetch, info)
+        self.release = functools.partial(file.release, info)
+
+    def stored(self) -> None:
+        return None
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        check_rows(self, begin, end)
+        width = math.prod(self.shape[1:])
+        flat = self._file.elements(self._info, begin * width, end * width)
+        return flat.view(end - begin, *self.shape[1:])
 
 
 class CheckpointSource:
@@ -187,15 +226,28 @@ class CheckpointSource:
         info = self.info(name)
         return self._file(info).tensor(info)
 
+    def operand(self, name: str) -> Operand:
+        """Return tensor ``name`` as an operand: stored, unless it lies at an odd address.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        info = self.info(name)
+        if not self._file(info).aligned(info):
+            return _Unaligned(self._file(info), info)
+        return Stored(
+            self.tensor(name),
+            functools.partial(self.prefetch, name),
+            functools.partial(self.release, name),
+        )
+
     def prefetch(self, name: str) -> None:
         """Ask the system to start reading tensor ``name``; returns at once."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._file(self.info(name)).advise(self.info(name), mmap.MADV_WILLNEED)
+        self._file(self.info(name)).prefetch(self.info(name))
 
     def release(self, name: str) -> None:
         """Give tensor ``name``'s memory back to the system; touching it again reads it again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._file(self.info(name)).advise(self.info(name), mmap.MADV_DONTNEED)
+        self._file(self.info(name)).release(self.info(name))
 
     def _file(self, info: TensorInfo) -> _MappedFile:
         if info.file not in self._maps:
