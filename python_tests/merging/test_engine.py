@@ -234,12 +234,7 @@ MISFITS = {
     "quantised": (
         llama_tensors(1),
         {"quantization_config": {"quant_method": "fp8"}},
-        r"a is quantised \(its config.json says so\); save it in bfloat16 or float32 first",
-    ),
-    "fp8": (
-        {k: v.to(torch.float8_e4m3fn) for k, v in llama_tensors(1).items()},
-        {},
-        r"a is quantised \(tensor '.*'\)",
+        r"a: config.json says that the weights are quantised \(fp8\), but no tensor is FP8",
     ),
     "integers for floats": (
         {k: v.int() for k, v in llama_tensors(1).items()},
