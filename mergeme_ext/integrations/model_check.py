@@ -35,8 +35,8 @@ class ModelCheck:
             return
         question = {"config": dict(config), "tensors": {n: list(s) for n, s in tensors}}
         # Files, not pipes: nobody reads along while the merge runs.
-        self._question = tempfile.TemporaryFile("w+")
-        self._answer = tempfile.TemporaryFile("w+")
+        self._question = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self._answer = tempfile.TemporaryFile("w+")  # noqa: SIM115
         json.dump(question, self._question)
         self._question.seek(0)
         self._process = subprocess.Popen(

@@ -18,17 +18,20 @@ from mergeme_ext.io import (
     CheckpointSink,
     CheckpointSource,
     dtype_name,
+    load_json_object,
     open_model,
 )
 from mergeme_ext.io.names import EMBEDDING, HEAD
-from mergeme_ext.io.operands import Converted, Cut, Operand
+from mergeme_ext.io.operands import Cut, Operand
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.companions import write_companions
 from mergeme_ext.merging.execution import (
+    FLOATING,
     Execution,
     PlannedTensor,
     ProgressFactory,
     merge_all,
+    of_one_dtype,
     progress_bar,
 )
 from mergeme_ext.merging.layout import Assignment, Layout, lay_out
@@ -47,7 +50,6 @@ __all__ = [
     "write_checkpoint",
 ]
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What the identity of an input folder is taken from.
 _IDENTIFYING = (".safetensors", ".bin", ".json", ".model", ".jinja")
 
@@ -410,22 +412,18 @@ class _Planner:
             refs, names = [self.spec.base, *refs], [assignment.base, *names]
         operands = [self.sources[r].operand(n) for r, n in zip(refs, names, strict=True)]
         lead = operands[0]
-        if lead.dtype not in _FLOATING:
+        if lead.dtype not in FLOATING:
             self._check_equal(assignment.name, refs, operands)
             return self._planned(assignment, refs, [lead], lead.dtype, None, base=None)
-        others = [o.dtype for o in operands if o.dtype not in _FLOATING]
+        others = [o.dtype for o in operands if o.dtype not in FLOATING]
         if others:
             raise CheckpointError(
                 f"tensor {assignment.name!r} is {dtype_name(lead.dtype)} in {self.labels[refs[0]]} "
                 f"but {dtype_name(others[0])} in another model"
             )
         operands = self._fit(assignment.name, refs, operands)
-        common = operands[0].dtype
-        for operand in operands:
-            common = torch.promote_types(common, operand.dtype)
-        if self.spec.dtype == torch.float64:
-            common = torch.float64
-        operands = [o if o.dtype == common else Converted(o, common) for o in operands]
+        least = torch.float64 if self.spec.dtype == torch.float64 else None
+        operands = of_one_dtype(operands, least)
         dtype = self.spec.result_dtype or self.sources[refs[0]].default_dtype(names[0])
         parameters = self._try(assignment, len(assignment.models))
         base = operands.pop(0) if use_base else None
@@ -563,7 +561,17 @@ def plan_documents(
         target = work / spec.name
         plan = plan_merge(spec.with_documents(made), allow=allow)
         if not _is_result_of(plan, target):
+            shutil.rmtree(target, ignore_errors=True)
             yield plan, target
         made[spec.name] = target
     yield plan_merge(specs[-1].with_documents(made), allow=allow), out
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_result_of(plan: MergePlan, folder: Path) -> bool:
+    """Whether ``folder`` holds what ``plan`` would write."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return False
+    report = load_json_object(path.read_bytes(), str(path))
+    return report.get("fingerprint") == plan.fingerprint()

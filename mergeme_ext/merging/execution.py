@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergeme_ext.io import CheckpointError, CheckpointSink, dtype_name, format_size
-from mergeme_ext.io.operands import Operand
+from mergeme_ext.io.operands import Converted, Operand
 from mergeme_ext.io.scratch import lay_out
 from mergeme_ext.merging.devices import Device, open_device
 from mergeme_ext.merging.ranks import Alone, Ranks
@@ -29,11 +29,14 @@ __all__ = [
     "Progress",
     "ProgressFactory",
     "merge_all",
+    "of_one_dtype",
     "progress_bar",
 ]
 
 # Long enough that calls cost nothing, short enough that a chunk of every model fits in the cache.
 CHUNK_ELEMENTS = 2**20
+# What can be merged, and can hold what is no number.
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAST_MEMORY = 64 * 2**20
 # Bytes a chunk's element takes at most, per tensor: as it is, widened, and a temporary.
 _BYTES_PER_ELEMENT = 24
@@ -132,7 +135,8 @@ class PlannedTensor:
         base: The base's tensor; None if there is none or the method looks at none.
         models: The models' tensors.
         labels: What to call ``base`` and ``models`` in messages, in this order.
-        parameters: Bound to exactly these models; None if the tensor is copied from ``models[0]``.
+        parameters: Bound to exactly these models; None if the tensor is copied from ``models[0]``
+            (rounded to ``dtype``).
         statistics: The models' statistics, if the method takes some.
     """
 
@@ -160,6 +164,14 @@ class PlannedTensor:
     def operands(self) -> list[Operand]:
         """The base, if there is one, then the models."""
         return [*self.models] if self.base is None else [self.base, *self.models]
+
+
+def of_one_dtype(operands: Sequence[Operand], least: torch.dtype | None = None) -> list[Operand]:
+    """Return ``operands`` in the smallest dtype that holds them all, and ``least`` too."""
+    common = least or operands[0].dtype
+    for operand in operands:
+        common = torch.promote_types(common, operand.dtype)
+    return [o if o.dtype == common else Converted(o, common) for o in operands]
 
 
 def merge_all(
@@ -325,8 +337,12 @@ class _Job:
             check_finite(whole.reshape(-1), 0, self.tensor, label)
 
     def _copy(self, start: int, stop: int) -> None:
+        tensor = self.tensor
         chunk = self._models[0].reshape(-1)[start:stop]
-        self._merge.sink.write_at(self.tensor.name, start, chunk)
+        if chunk.dtype in FLOATING and not self._merge.execution.allow_nonfinite:
+            check_finite(chunk, start, tensor, tensor.labels[0])
+        chunk = chunk.to(tensor.dtype)
+        self._merge.sink.write_at(tensor.name, start, chunk)
         self._merge.wrote(chunk.nbytes)
 
     def _merge_chunk(self, start: int, stop: int) -> None:

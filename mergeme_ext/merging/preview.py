@@ -102,7 +102,7 @@ def _merge_speed(plan: MergePlan, tensor: PlannedTensor) -> float:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        for attempt in range(2):  # the first one reads the data
+        for _ in range(2):  # the first one reads the data
             begin = time.perf_counter()
             combine = plan.method.prepare(
                 base, models, tensor.parameters, tensor_name=tensor.tensor_name
@@ -211,11 +211,8 @@ def _common(groups: list[TensorGroup]) -> dict[str, Any]:
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
-        return (
-            ", ".join(_value(v) for v in dict.fromkeys(map(_value, value)))
-            if len(set(map(_value, value))) == 1
-            else ", ".join(map(_value, value))
-        )
+        values = [_value(v) for v in value]
+        return values[0] if len(set(values)) == 1 else ", ".join(values)
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
