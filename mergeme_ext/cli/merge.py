@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments to ``parser``."""
     add_output_arguments(parser)
     add_execution_arguments(parser)
+    parser.set_defaults(when_stopped="the same command with --resume goes on from there")
     parser.add_argument(
         "--resume", action="store_true", help="go on with a merge into OUT that was stopped"
     )

@@ -37,7 +37,8 @@ def copy_companions(
 ) -> list[str]:
     """Copy what belongs to a model besides weights and ``config.json``; return the names.
 
-    Files named in ``skip`` stay behind. Python files come along if ``config.json`` refers to them (``auto_map``); nothing runs them.
+    Files named in ``skip`` stay behind. Python files come along if ``config.json`` refers to them
+    (``auto_map``); nothing runs them.
     """
     wanted = [source.path / name for name in COMPANIONS]
     wanted += sorted((source.path / TEMPLATES).glob("*.jinja"))

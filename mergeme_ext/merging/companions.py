@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from mergeme_ext.io import CheckpointSink, copy_companions, load_json_object
 from mergeme_ext.merging.card import CONFIG_NAME, model_card, recipe_text
-from mergeme_ext.vocabulary import resolve_chat_template
 
 if TYPE_CHECKING:
     from mergeme_ext.merging.engine import MergePlan
@@ -46,6 +45,8 @@ def write_companions(
         skip.update(_TOKENIZER)
         skip.update(_write_generation_config(plan, sink))
     if plan.spec.chat_template is not None:
+        from mergeme_ext.vocabulary import resolve_chat_template
+
         folders = [ref.path for ref in plan.sources]
         name, text = resolve_chat_template(plan.spec.chat_template, folders)
         sink.write_text(name, text)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,9 @@ from mergeme_ext.merging.ranks import Alone, Ranks
 from mergeme_ext.merging.registry import MergeMethod
 from mergeme_ext.merging.report import REPORT_NAME, merge_report
 from mergeme_ext.merging.spec import MergeSpec, ModelRef, load_merge_specs
-from mergeme_ext.vocabulary import Vocabulary, VocabularyInput, plan_vocabulary
+
+if TYPE_CHECKING:
+    from mergeme_ext.vocabulary import Vocabulary
 
 __all__ = [
     "Allowances",
@@ -103,7 +105,7 @@ class MergePlan:
     layout: Layout
     tensors: Sequence[PlannedTensor]
     config: Mapping[str, Any]
-    vocabulary: Vocabulary | None
+    vocabulary: "Vocabulary | None"
     dropped: Mapping[ModelRef, Mapping[str, str]]
 
     @property
@@ -379,10 +381,12 @@ class _Planner:
             dropped[ref] = reasons
         return dropped
 
-    def _plan_vocabulary(self) -> Vocabulary | None:
+    def _plan_vocabulary(self) -> "Vocabulary | None":
         wanted = self.spec.tokenizer
         if wanted is None:
             return None
+        from mergeme_ext.vocabulary import VocabularyInput, plan_vocabulary
+
         refs = list(self.sources)
         inputs = [
             VocabularyInput(
