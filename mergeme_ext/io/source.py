@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,22 @@ from torch import Tensor
 from mergeme_ext.io.format import DTYPES, CheckpointError, TensorInfo, dtype_name, load_json_object
 from mergeme_ext.io.mapped import MappedFile
 from mergeme_ext.io.operands import Operand
+from mergeme_ext.io.pickled import PickledFile
 from mergeme_ext.io.quantised import FP8, Dequantised, find_scales, without_quantisation
 
 __all__ = ["CheckpointSource"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 
 
-def _plain_name(name: object) -> bool:
+def _plain_name(name: object, suffix: str) -> bool:
     return (
         isinstance(name, str)
-        and name.endswith(".safetensors")
+        and name.endswith(suffix)
         and not any(bad in name for bad in ("/", "\\", "\0", ":"))
         and not name.startswith(".")
     )
@@ -41,6 +43,7 @@ def _regular(path: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the map from tensor to file in an index, with nothing in it that leaves the folder."""
+    suffix = ".bin" if path.name.endswith(".bin.index.json") else ".safetensors"
     index = load_json_object(path.read_bytes(), str(path))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -48,9 +51,9 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path}: expected an object weight_map that names each tensor's file"
         )
     for name, file in weight_map.items():
-        if not _plain_name(file):
+        if not _plain_name(file, suffix):
             raise CheckpointError(
-                f"{path}: tensor {name!r}: expected the name of a .safetensors file "
+                f"{path}: tensor {name!r}: expected the name of a {suffix} file "
                 f"in the same folder, got {file!r}"
             )
     for file in sorted(set(weight_map.values())):
@@ -66,13 +69,13 @@ class CheckpointSource:
     and no longer appear as tensors, nor ``quantization_config`` in the config.
 
     Args:
-        path: Folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and its
-            shards. If it holds both, the single file is read, as transformers does. Files may be
-            symbolic links (Hugging Face's cache is made of them); names in an index never leave
-            the folder.
+        path: Folder with ``model.safetensors``, or with an index (``*.safetensors.index.json``) and
+            its shards, or the same as ``pytorch_model.bin``. If it holds several, the first of
+            these is read, as transformers does. Files may be symbolic links (Hugging Face's cache
+            is made of them); names in an index never leave the folder.
 
     Raises:
-        CheckpointError: The folder holds no safetensors checkpoint, a damaged one, or one in a
+        CheckpointError: The folder holds no checkpoint, a damaged one, or one in a
             quantised format other than FP8.
     """
 
@@ -81,33 +84,42 @@ class CheckpointSource:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: expected a model's folder, found none")
         self._config = self._read_config()
-        self._files: dict[str, MappedFile] = {}
+        self._files: dict[str, MappedFile | PickledFile] = {}
         self._infos: dict[str, TensorInfo] = {}
-        if _regular(self.path / SINGLE):
-            self._add_file(SINGLE)
-        elif _regular(self.path / INDEX):
-            self._add_shards(_read_index(self.path / INDEX))
-        else:
-            self._refuse_folder()
+        self._add_files()
         self._dequantise()
 
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
         return load_json_object(path.read_bytes() if _regular(path) else b"{}", str(path))
 
+    def _add_files(self) -> None:
+        others = sorted(p.name for p in self.path.glob("*.safetensors.index.json"))
+        if _regular(self.path / SINGLE):
+            self._add_file(SINGLE)
+        elif _regular(self.path / INDEX):
+            self._add_shards(INDEX)
+        elif len(others) == 1 and _regular(self.path / others[0]):
+            self._add_shards(others[0])
+        elif _regular(self.path / PICKLED):
+            self._add_file(PICKLED)
+        elif _regular(self.path / PICKLED_INDEX):
+            self._add_shards(PICKLED_INDEX)
+        else:
+            self._refuse_folder()
+
     def _refuse_folder(self) -> None:
-        if any((self.path / name).exists() for name in PICKLED):
-            raise CheckpointError(
-                f"{self.path}: holds only a pickled checkpoint, and unpickling a file can run any "
-                "program hidden in it; ask the author for safetensors, or convert it yourself with "
-                "from_pretrained and save_pretrained of transformers if you trust it"
-            )
-        others = sorted(p.name for p in self.path.glob("*.safetensors"))
-        found = f"; it does hold {', '.join(others[:4])}" if others else ""
-        raise CheckpointError(f"{self.path}: expected {SINGLE} or {INDEX} in the folder{found}")
+        found = sorted(p.name for p in self.path.iterdir() if p.name.endswith(_WEIGHTS))
+        hint = f"; it does hold {', '.join(found[:4])}" if found else ""
+        if any(name.endswith(".gguf") for name in found):
+            hint += " (GGUF weights are quantised and renamed: merge the model they were made from)"
+        raise CheckpointError(
+            f"{self.path}: expected {SINGLE}, {INDEX} or {PICKLED} in the folder{hint}"
+        )
 
     def _add_file(self, file: str) -> None:
-        self._files[file] = MappedFile(self.path / file)
+        kind = PickledFile if file.endswith(".bin") else MappedFile
+        self._files[file] = kind(self.path / file)
         for info in self._files[file].infos:
             if (other := self._infos.get(info.name)) is not None:
                 raise CheckpointError(
@@ -115,18 +127,19 @@ class CheckpointSource:
                 )
             self._infos[info.name] = info
 
-    def _add_shards(self, weight_map: Mapping[str, str]) -> None:
+    def _add_shards(self, index: str) -> None:
+        weight_map = _read_index(self.path / index)
         for file in sorted(set(weight_map.values())):
             self._add_file(file)
         for name, file in weight_map.items():
             if (info := self._infos.get(name)) is None or info.file != file:
                 raise CheckpointError(
-                    f"{self.path}: {INDEX} puts tensor {name!r} in {file}, which does not hold it"
+                    f"{self.path}: {index} puts tensor {name!r} in {file}, which does not hold it"
                 )
         for name, info in self._infos.items():
             if name not in weight_map:
                 raise CheckpointError(
-                    f"{self.path}: {info.file} holds tensor {name!r}, which {INDEX} does not list"
+                    f"{self.path}: {info.file} holds tensor {name!r}, which {index} does not list"
                 )
 
     def _dequantise(self) -> None:
@@ -203,7 +216,8 @@ class CheckpointSource:
         """Return tensor ``name`` as a read-only view of the mapped file.
 
         Nothing is read until elements are touched. Do not write into it: the pages are read-only
-        and the process would die. Data at an odd address (legal, rare) come as a copy.
+        and the process would die. Data at an odd address, or in another order than row by row
+        (legal, rare), come as a copy.
 
         Raises:
             CheckpointError: There is no such tensor, or it is FP8: ``operand`` gives its values.
@@ -240,5 +254,5 @@ class CheckpointSource:
         """Give tensor ``name``'s memory back to the system; touching it again reads it again."""
         self.operand(name).release()
 
-    def _file(self, name: str) -> MappedFile:
+    def _file(self, name: str) -> MappedFile | PickledFile:
         return self._files[self._on_disk[name].file]

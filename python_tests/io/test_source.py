@@ -233,18 +233,33 @@ def test_refuses_index_that_is_no_json(tmp_path):
         CheckpointSource(tmp_path)
 
 
-def test_refuses_pickle_with_advice(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(CheckpointError, match="unpickling a file can run any program"):
-        CheckpointSource(tmp_path)
-
-
 def test_refuses_folder_without_model(tmp_path):
     (tmp_path / "model.fp16.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"expected model.safetensors or .* model.fp16.safe"):
+    with pytest.raises(CheckpointError, match=r"expected model.safetensors, .* model.fp16.safe"):
         CheckpointSource(tmp_path)
     with pytest.raises(CheckpointError, match="nowhere: expected a model's folder, found none"):
         CheckpointSource(tmp_path / "nowhere")
+    (tmp_path / "model-q4.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"GGUF weights are quantised .* made from"):
+        CheckpointSource(tmp_path)
+
+
+def test_reads_an_index_and_shards_of_any_name(tmp_path):
+    sharded(
+        tmp_path,
+        {"t": "weights, part A.safetensors", "u": "consolidated-1.safetensors"},
+        **{"weights, part A": ONE, "consolidated-1": {"u": torch.zeros(2)}},
+    )
+    source = CheckpointSource(tmp_path)
+    assert sorted(source.names) == ["t", "u"]
+    index = tmp_path / "model.safetensors.index.json"
+    text = json.loads(index.read_text()) | {"metadata": "lost", "author": {"x": [1]}}
+    index.unlink()
+    (tmp_path / "model.fp16.safetensors.index.json").write_text(json.dumps(text))
+    assert CheckpointSource(tmp_path).names == source.names
+    (tmp_path / "another.safetensors.index.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"it does hold another.safetensors.index.json, "):
+        CheckpointSource(tmp_path)
 
 
 def test_never_opens_a_pipe(tmp_path):
