@@ -23,6 +23,10 @@ PARAMETERS = {
     "ties": {"weights": [0.5, 1], "density": [0.3, 0.7], "rescale": "l2"},
     "dare_linear": {"weights": 1, "density": 0.5, "seed": 3},
     "dare_ties": {"weights": 1, "density": [0.5, 0.9], "rescale": "inverse_prob"},
+    "emr_merging": {},
+    "fisher": {"normalize": False},
+    "pcb_merging": {"density": 0.3, "clip": 0.01, "scope": "tensor"},
+    "regmean": {},
 }
 
 
