@@ -7,7 +7,6 @@ merged chunk goes to its place in the output at once. No bit of the result depen
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,14 @@ from mergeme_ext.io import (
     TensorInfo,
     copy_companions,
     dtype_name,
-    with_dtype,
 )
 from mergeme_ext.io.names import EMBEDDING, HEAD
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.card import CONFIG_NAME, model_card, recipe_text
+from mergeme_ext.merging.layout import Assignment, Layout, lay_out
+from mergeme_ext.merging.recipe import load_merge_spec
 from mergeme_ext.merging.registry import MergeMethod
-from mergeme_ext.merging.spec import MergeSpec, load_merge_spec
+from mergeme_ext.merging.spec import MergeSpec, ModelRef
 
 __all__ = ["CHUNK_ELEMENTS", "MergePlan", "merge", "merge_chunks", "merge_tensor", "plan_merge"]
 
@@ -165,12 +165,11 @@ def merge_tensor(
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the result, and what it is called in the base and in each model."""
+    """One tensor of the result, and what it is made of."""
 
     info: TensorInfo
-    base_name: str | None
-    model_names: tuple[str, ...]
-    merged: bool  # else copied from the lead
+    assignment: Assignment
+    merged: bool  # else copied from the base, or from the first model
 
 
 @dataclass(frozen=True)
@@ -180,22 +179,26 @@ class MergePlan:
     Attributes:
         spec: What was asked for.
         method: The method.
-        parameters: Its parameters, bound to the models.
-        lead: The base, or the first model: gives order, configuration and companion files.
-        base: The base, if there is one.
-        models: The models to merge.
-        tensors: The result's tensors, in the order in which the lead has them on disk.
-        config: The result's ``config.json``; empty if the lead has none.
+        sources: All models, opened.
+        layout: What goes where.
+        tensors: The result's tensors, in the layout's order.
     """
 
     spec: MergeSpec
     method: MergeMethod
-    parameters: Mapping[str, Any]
-    lead: CheckpointSource
-    base: CheckpointSource | None
-    models: Sequence[CheckpointSource]
+    sources: Mapping[ModelRef, CheckpointSource]
+    layout: Layout
     tensors: Sequence[PlannedTensor]
-    config: Mapping[str, Any]
+
+    @property
+    def lead(self) -> CheckpointSource:
+        """The base, or the first model: gives order, configuration and companion files."""
+        return self.sources[self.spec.lead]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The result's ``config.json``; empty if the lead has none."""
+        return self.layout.config
 
     @property
     def total_bytes(self) -> int:
@@ -212,7 +215,7 @@ class MergePlan:
         progress: ProgressFactory | None = None,
     ) -> None:
         """Write the result; see ``merge``."""
-        check_output(out, (self.lead, *self.models), chunk_elements)
+        check_output(out, self.sources.values(), chunk_elements)
         planned = CheckpointSink(
             out,
             [t.info for t in self.tensors],
@@ -233,14 +236,15 @@ class MergePlan:
         sink.write_text("README.md", model_card(self.spec, self.method))
         sink.write_text(CONFIG_NAME, recipe_text(self.spec))
 
-    def _sources(self, tensor: PlannedTensor) -> Iterator[tuple[CheckpointSource, str]]:
-        if self.base is not None and self.method.needs_base:
-            yield self.base, tensor.base_name
-        yield from zip(self.models, tensor.model_names, strict=True)
+    def _inputs(self, tensor: PlannedTensor) -> list[tuple[CheckpointSource, str]]:
+        """Return where the tensors to merge are, the base's first if the method needs one."""
+        base = [_inputs_of(self.spec, self.sources, tensor.assignment)[0]]
+        models = _inputs_of(self.spec, self.sources, replace(tensor.assignment, base=None))
+        return (base if self.method.needs_base else []) + models
 
     def _prefetch(self, position: int) -> None:
         if position < len(self.tensors) and self.tensors[position].merged:
-            for source, name in self._sources(self.tensors[position]):
+            for source, name in self._inputs(self.tensors[position]):
                 source.prefetch(name)
 
     def _write(
@@ -248,10 +252,12 @@ class MergePlan:
     ) -> None:
         name = tensor.info.name
         if not tensor.merged:
-            sink.write(name, self.lead.tensor(tensor.base_name or tensor.model_names[0]))
+            source, stored = _inputs_of(self.spec, self.sources, tensor.assignment)[0]
+            sink.write(name, source.tensor(stored))
             bar.update(tensor.info.nbytes)
             return
-        views = [source.tensor(stored) for source, stored in self._sources(tensor)]
+        inputs = self._inputs(tensor)
+        views = [source.tensor(stored) for source, stored in inputs]
         base = views.pop(0) if self.method.needs_base else None
         merge_tensor(
             sink,
@@ -259,12 +265,12 @@ class MergePlan:
             self.method,
             base,
             views,
-            self.parameters,
+            tensor.assignment.parameters,
             dtype=tensor.info.dtype,
             chunk_elements=chunk,
             progress=bar,
         )
-        for source, stored in self._sources(tensor):
+        for source, stored in inputs:
             source.release(stored)
 
 
@@ -318,133 +324,74 @@ def plan_merge(spec: MergeSpec) -> MergePlan:
     Raises:
         CheckpointError, TypeError, ValueError: As for ``merge``.
     """
+    _refuse_what_is_not_done(spec)
     method = registry.get(spec.method)
-    if not spec.models:
-        raise ValueError(f"{method.name}: expected at least one model, got none")
-    if method.needs_base and spec.base is None:
-        raise ValueError(f"{method.name}: expected a base, got None")
-    parameters = method.bind(len(spec.models), spec.parameters)
+    sources = {model: CheckpointSource(model.path) for model in spec.references}
+    for source in sources.values():
+        _check_readable(source)
+    layout = lay_out(spec, sources)
+    for model, names in layout.leftovers.items():
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise CheckpointError(
+            f"{sources[spec.lead].path} has no tensor {names[0]!r}{more}, which "
+            f"{sources[model].path} has"
+        )
     one = torch.zeros(1)  # a dry run finds what only all parameters together can show
-    method.prepare(one, [one] * len(spec.models), parameters)
-    base = None if spec.base is None else CheckpointSource(spec.base)
-    models = [CheckpointSource(path) for path in spec.models]
-    lead = models[0] if base is None else base
-    aliases = resolve_heads([lead, *models])
-    lead_names, *model_names = aliases
-    for source, names in zip(models, model_names, strict=True):
-        check_fits(lead, lead_names, source, names)
+    for parameters, count in {
+        id(a.parameters): (a.parameters, len(a.models)) for a in layout.assignments
+    }.values():
+        method.prepare(one, [one] * count, parameters)
     tensors = [
-        _plan_tensor(name, spec.dtype, base, lead, lead_names, models, model_names)
-        for name in sorted_by_place(lead, lead_names)
+        _plan_tensor(assignment, spec.result_dtype, _inputs_of(spec, sources, assignment))
+        for assignment in layout.assignments
     ]
-    config = with_dtype(lead.config, spec.dtype)
-    if config and HEAD in lead_names and config.get("tie_word_embeddings"):
-        config["tie_word_embeddings"] = False
-    return MergePlan(spec, method, parameters, lead, base, models, tensors, config)
+    return MergePlan(spec, method, sources, layout, tensors)
 
 
-def sorted_by_place(source: CheckpointSource, names: Mapping[str, str]) -> list[str]:
-    """Return ``names``' keys in the order in which their data lie on disk."""
-    place = {name: i for i, name in enumerate(source.names)}
-    return sorted(names, key=lambda name: place[names[name]])
+def _refuse_what_is_not_done(spec: MergeSpec) -> None:
+    wanted = {
+        "tokenizer": spec.tokenizer is not None,
+        "chat_template": spec.chat_template is not None,
+        "an adapter": any(model.adapter is not None for model in spec.references),
+        "another document's result": bool(spec.documents),
+        "statistics": any(s.statistics for piece in spec.slices for s in piece.sources),
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            raise ValueError(f"{spec.method}: {what} is not supported yet")
+
+
+def _inputs_of(
+    spec: MergeSpec, sources: Mapping[ModelRef, CheckpointSource], assignment: Assignment
+) -> list[tuple[CheckpointSource, str]]:
+    """Return where the tensors of an assignment are, the base's first if it has one."""
+    models = [
+        (sources[model], name)
+        for model, name in zip(assignment.models, assignment.names, strict=True)
+    ]
+    if assignment.base is None:
+        return models
+    return [(sources[spec.base], assignment.base), *models]
 
 
 def _plan_tensor(
-    name: str,
+    assignment: Assignment,
     dtype: torch.dtype | None,
-    base: CheckpointSource | None,
-    lead: CheckpointSource,
-    lead_names: Mapping[str, str],
-    models: Sequence[CheckpointSource],
-    model_names: Sequence[Mapping[str, str]],
+    inputs: Sequence[tuple[CheckpointSource, str]],
 ) -> PlannedTensor:
-    stored = lead.info(lead_names[name])
+    name = assignment.name
+    (lead, lead_name), *others = inputs
+    stored = lead.info(lead_name)
     merged = stored.dtype in MERGEABLE
-    info = replace(stored, name=name, dtype=(dtype or stored.dtype) if merged else stored.dtype)
-    if not merged:
-        value = lead.tensor(lead_names[name])
-        for source, names in zip(models, model_names, strict=True):
-            if not torch.equal(value, source.tensor(names[name])):
-                raise CheckpointError(
-                    f"tensor {name!r} ({dtype_name(stored.dtype)}, so it cannot be merged) differs "
-                    f"between {lead.path} and {source.path}"
-                )
-    base_name = None if base is None else lead_names[name]
-    return PlannedTensor(info, base_name, tuple(names[name] for names in model_names), merged)
-
-
-def resolve_heads(sources: Sequence[CheckpointSource]) -> list[dict[str, str]]:
-    """Return, for each source, the tensors it stands for: from name to the name it is stored under.
-
-    They differ for the LM head only. If all heads are tied to the embedding, none has a head of
-    its own; if one has, a tied one stands for its embedding under the head's name.
-
-    Raises:
-        CheckpointError: A head is tied by its configuration but differs from the embedding, or is
-            missing without being tied.
-    """
-    resolved = []
-    for source in sources:
-        names = {name: name for name in source.names}
-        tied = source.config.get("tie_word_embeddings") is True and EMBEDDING in source
-        if tied and HEAD in source:
-            if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
-                raise CheckpointError(
-                    f"{source.path}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
-                    "set tie_word_embeddings to false there if the head is meant to be its own"
-                )
-            del names[HEAD]
-        resolved.append(names)
-    if any(HEAD in names for names in resolved):
-        for source, names in zip(sources, resolved, strict=True):
-            if (
-                HEAD not in names
-                and source.config.get("tie_word_embeddings")
-                and EMBEDDING in names
-            ):
-                names[HEAD] = EMBEDDING
-    return resolved
-
-
-def check_fits(
-    lead: CheckpointSource,
-    lead_names: Mapping[str, str],
-    source: CheckpointSource,
-    names: Mapping[str, str],
-) -> None:
-    """Check that ``source`` has the tensors of ``lead``, of the same shapes, in mergeable dtypes.
-
-    Args:
-        lead: What to compare with.
-        lead_names: From tensor name to stored name, as ``resolve_heads`` returns it.
-        source: The model to check.
-        names: Likewise.
-
-    Raises:
-        CheckpointError: Naming the first tensor that does not fit, and both models.
-    """
-    _check_readable(lead)
-    _check_readable(source)
-    kinds = [s.config.get("model_type") for s in (lead, source)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"{source.path} is a {kinds[1]} model, {lead.path} a {kinds[0]} model; "
-            "only models of one kind merge"
-        )
-    layers = [_layer_count(lead_names), _layer_count(names)]
-    if layers[0] != layers[1]:
-        raise CheckpointError(f"{source.path} has {layers[1]} layers, {lead.path} has {layers[0]}")
-    for here, there, missing in (
-        (lead, source, [n for n in lead_names if n not in names]),
-        (source, lead, [n for n in names if n not in lead_names]),
-    ):
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    for source, other in others:
+        _check_same_shape(name, lead, stored, source, source.info(other))
+        if not merged and not torch.equal(lead.tensor(lead_name), source.tensor(other)):
             raise CheckpointError(
-                f"{there.path} has no tensor {missing[0]!r}{more}, which {here.path} has"
+                f"tensor {name!r} ({dtype_name(stored.dtype)}, so it cannot be merged) differs "
+                f"between {lead.path} and {source.path}"
             )
-    for name in lead_names:
-        _check_same_shape(name, lead, lead.info(lead_names[name]), source, source.info(names[name]))
+    info = replace(stored, name=name, dtype=(dtype or stored.dtype) if merged else stored.dtype)
+    return PlannedTensor(info, assignment, merged)
 
 
 def _check_readable(source: CheckpointSource) -> None:
@@ -478,8 +425,3 @@ def _check_same_shape(
             f"tensor {name!r} is {dtype_name(expected.dtype)} in {lead.path} but "
             f"{dtype_name(found.dtype)} in {source.path}"
         )
-
-
-def _layer_count(names: Mapping[str, str]) -> int:
-    numbers = [int(m[1]) for n in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", n))]
-    return max(numbers, default=-1) + 1
