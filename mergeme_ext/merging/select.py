@@ -77,7 +77,7 @@ def _rounds(scores, ranks, dtype: torch.dtype) -> list[list[Ranked]] | None:
                     return None
                 keys = _keys(values.to(dtype))
                 if first:
-                    counts = torch.bincount((keys >> shift) + _BINS // 2, minlength=_BINS).cpu()
+                    counts = torch.bincount((keys >> shift).add_(_BINS // 2), minlength=_BINS).cpu()
                     histograms[row, 0] = histograms.get((row, 0), 0) + counts
                     continue
                 high = keys >> (shift + _DIGIT_BITS)
@@ -108,8 +108,8 @@ def _rounds(scores, ranks, dtype: torch.dtype) -> list[list[Ranked]] | None:
 
 def _flip(keys: Tensor) -> Tensor:
     """Turn a float's bits into an integer that orders like it, or back."""
-    most = torch.iinfo(keys.dtype)
-    return keys ^ ((keys >> (most.bits - 1)) & most.max)
+    integer = torch.iinfo(keys.dtype)
+    return (keys >> (integer.bits - 1)).bitwise_and_(integer.max).bitwise_xor_(keys)
 
 
 def _keys(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeme_ext.merging.registry import Visit
+from mergeme_ext.merging.registry import Combine, Visit
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -14,6 +14,7 @@ __all__ = [
     "Visits",
     "block_sum",
     "check_surveyed",
+    "in_parts",
     "slices",
     "sweep",
     "task_vectors",
@@ -24,7 +25,7 @@ Visits = Callable[[], Iterator[Visit]]
 
 # What a sweep holds of each model at a time; small enough for a second-level cache. A multiple of
 # BLOCK_ELEMENTS, so that the blocks of a sum lie where they would without chunks.
-SWEEP_ELEMENTS = 2**18
+SWEEP_ELEMENTS = 2**17
 BLOCK_ELEMENTS = 4096
 
 
@@ -54,6 +55,19 @@ def sweep(visits: Visits) -> Iterator[tuple[Visit, int, list[Tensor]]]:
         tensors = [t.reshape(-1) for t in visit.tensors]
         for part in slices(base.numel()):
             yield visit, part.start, task_vectors(base[part], [t[part] for t in tensors])
+
+
+def in_parts(combine: Combine) -> Combine:
+    """Return ``combine``, element by element in nature, done in stretches that a cache holds."""
+
+    def by_part(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
+        out = torch.empty_like(tensors[0])
+        for part in slices(out.numel()):
+            base_part = None if base is None else base[part]
+            out[part] = combine(base_part, [t[part] for t in tensors], offset + part.start)
+        return out
+
+    return by_part
 
 
 def block_sum(x: Tensor) -> float:

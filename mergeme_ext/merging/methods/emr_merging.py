@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mergeme_ext.merging.parameters import RescaleStat, Task
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
-from mergeme_ext.merging.sweep import Visits, block_sum, check_surveyed, sweep, task_vectors
+from mergeme_ext.merging.sweep import (
+    Visits,
+    block_sum,
+    check_surveyed,
+    in_parts,
+    sweep,
+    task_vectors,
+)
 
 
 def _unify(xs: Sequence[Tensor]) -> Tensor:
@@ -84,7 +91,7 @@ def emr_merging(
             xs = task_vectors(base, tensors)
             return _unify(xs).add_(base).to(base.dtype)
 
-        return combine
+        return in_parts(combine)
     check_surveyed("emr_merging", survey, task=task, rescale_stat=rescale_stat)
     factor = survey["factor"]
     if notes is not None:
@@ -94,4 +101,4 @@ def emr_merging(
         xs = task_vectors(base, tensors)
         return _mask(_unify(xs), xs[task]).mul_(factor).add_(base).to(base.dtype)
 
-    return combine_task
+    return in_parts(combine_task)

@@ -13,6 +13,7 @@ from mergeme_ext.merging.sweep import (
     Visits,
     block_sum,
     check_surveyed,
+    in_parts,
     slices,
     widened,
 )
@@ -102,7 +103,7 @@ def fisher(
                 below += scale
         return torch.where(below == 0, mean, above / below).to(tensors[0].dtype)
 
-    return combine
+    return in_parts(combine)
 
 
 def _flat_statistics(

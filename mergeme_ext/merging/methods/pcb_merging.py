@@ -9,7 +9,7 @@ from torch import Tensor
 from mergeme_ext.merging.parameters import Clip, Density, Inter, Lambda, ScopeOption, Weights
 from mergeme_ext.merging.registry import Combine, Scope, Visit, merge_method
 from mergeme_ext.merging.select import select
-from mergeme_ext.merging.sweep import Visits, check_surveyed, sweep, task_vectors
+from mergeme_ext.merging.sweep import Visits, check_surveyed, in_parts, sweep, task_vectors
 
 # Below this the shares of an element count as none.
 _SMALLEST_SHARE = 1e-12
@@ -139,4 +139,4 @@ def pcb_merging(
         merged /= total.clamp_(min=_SMALLEST_SHARE)
         return merged.mul_(lam).add_(base).to(base.dtype)
 
-    return combine
+    return in_parts(combine)
