@@ -10,7 +10,25 @@ from typing import Annotated, Any
 
 from mergeme_ext.recipes import as_number
 
-__all__ = ["Density", "Elect", "Kind", "Lambda", "Normalize", "Rescale", "Seed", "Weights"]
+__all__ = [
+    "ActiveAbove",
+    "Density",
+    "Elect",
+    "Gamma",
+    "Kind",
+    "Lambda",
+    "NearDistance",
+    "Normalize",
+    "RankWindow",
+    "Rescale",
+    "Scales",
+    "Seed",
+    "SelectTopk",
+    "UniformBelow",
+    "UniqueGain",
+    "UniqueGainLimit",
+    "Weights",
+]
 
 RESCALES = ("none", "inverse_prob", "l1", "l2", "linf")
 
@@ -71,6 +89,26 @@ def _elect(value: Any, num_models: int) -> str:
     return value
 
 
+def _fraction(value: Any, num_models: int) -> float:
+    number = as_number(value)
+    if number is None or not 0 <= number <= 1:
+        raise ValueError("a fraction in [0, 1]")
+    return number
+
+
+def _non_negative(value: Any, num_models: int) -> float:
+    number = as_number(value)
+    if number is None or number < 0:
+        raise ValueError("a finite number of at least 0")
+    return number
+
+
+def _uniform_below(value: Any, num_models: int) -> str:
+    if value not in ("absolute", "relative"):
+        raise ValueError("absolute or relative")
+    return value
+
+
 def _seed(value: Any, num_models: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError("a whole number in [0, 2^64)")
@@ -84,3 +122,14 @@ Normalize = Annotated[bool, Kind("normalize", _flag)]
 Rescale = Annotated[str, Kind("rescale", _rescale)]
 Elect = Annotated[str, Kind("elect", _elect)]
 Seed = Annotated[int, Kind("seed", _seed)]
+
+# What thins and masks task vectors, and what compares weights with a threshold.
+Gamma = Annotated[Sequence[float], Kind("gamma", _fraction, per_model=True)]
+RankWindow = Annotated[Sequence[float], Kind("epsilon", _fraction, per_model=True)]
+SelectTopk = Annotated[float, Kind("select_topk", _fraction)]
+UniformBelow = Annotated[str, Kind("uniform_below", _uniform_below)]
+ActiveAbove = Annotated[float, Kind("epsilon", _non_negative)]
+UniqueGain = Annotated[float, Kind("r", _non_negative)]
+UniqueGainLimit = Annotated[float, Kind("alpha", _non_negative)]
+NearDistance = Annotated[float, Kind("t", _non_negative)]
+Scales = Annotated[Sequence[float], Kind("scale", _finite, per_model=True)]
