@@ -23,6 +23,10 @@ PARAMETERS = {
     "ties": {"weights": [0.5, 1], "density": [0.3, 0.7], "rescale": "l2"},
     "dare_linear": {"weights": 1, "density": 0.5, "seed": 3},
     "dare_ties": {"weights": 1, "density": [0.5, 0.9], "rescale": "inverse_prob"},
+    "emr_merging": {},
+    "fisher": {"normalize": False},
+    "pcb_merging": {"density": 0.3, "clip": 0.01, "scope": "tensor"},
+    "regmean": {},
 }
 
 
@@ -35,7 +39,7 @@ def models(tmp_path):
 
 def spec_of(folder, method="ties", **more):
     options = {"parameters": PARAMETERS[method], "base": folder / "base", **more}
-    return MergeSpec(method, [folder / "a", folder / "b"], **options)
+    return MergeSpec.of_models(method, [folder / "a", folder / "b"], **options)
 
 
 def folder_bytes(folder):
@@ -134,7 +138,10 @@ def test_card_names_hub_models(tmp_path):
     hub = tmp_path / "models--owner--tuned" / "snapshots" / "abc"
     save(hub, llama_tensors(1))
     save(tmp_path / "base", llama_tensors(0))
-    merge(MergeSpec("ties", [hub], tmp_path / "base", {"weights": 1}), tmp_path / "out")
+    merge(
+        MergeSpec.of_models("ties", [hub], tmp_path / "base", {"weights": 1}),
+        tmp_path / "out",
+    )
     front = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
     assert front["base_model"] == ["owner/tuned"] and front["base_model_relation"] == "merge"
 
@@ -191,7 +198,11 @@ def test_tied_heads(tmp_path):
         plan_merge(spec_of(tmp_path))
     model("a", 1, {"tie_word_embeddings": False})
     with pytest.raises(CheckpointError, match=r"a has no tensor 'lm_head.weight', which .*b has"):
-        plan_merge(MergeSpec("linear", [tmp_path / "b", tmp_path / "a"], None, {"weights": 1}))
+        plan_merge(
+            MergeSpec.of_models(
+                "linear", [tmp_path / "b", tmp_path / "a"], base=None, parameters={"weights": 1}
+            )
+        )
 
 
 def test_tensors_that_cannot_be_merged_are_copied(tmp_path):
@@ -234,12 +245,7 @@ MISFITS = {
     "quantised": (
         llama_tensors(1),
         {"quantization_config": {"quant_method": "fp8"}},
-        r"a is quantised \(its config.json says so\); save it in bfloat16 or float32 first",
-    ),
-    "fp8": (
-        {k: v.to(torch.float8_e4m3fn) for k, v in llama_tensors(1).items()},
-        {},
-        r"a is quantised \(tensor '.*'\)",
+        r"a: config.json says that the weights are quantised \(fp8\), but no tensor is FP8",
     ),
     "integers for floats": (
         {k: v.int() for k, v in llama_tensors(1).items()},
@@ -265,13 +271,17 @@ def test_refuses_bad_requests(models):
     with pytest.raises(ValueError, match="expected chunk_elements of at least 1, got 0"):
         merge(spec, models / "out", chunk_elements=0)
     with pytest.raises(ValueError, match="ties: expected at least one model, got none"):
-        plan_merge(MergeSpec("ties", [], models / "base", {"weights": 1}))
+        plan_merge(MergeSpec.of_models("ties", [], models / "base", {"weights": 1}))
     with pytest.raises(ValueError, match="ties: expected a base, got None"):
-        plan_merge(MergeSpec("ties", [models / "a"], None, {"weights": 1}))
+        plan_merge(MergeSpec.of_models("ties", [models / "a"], None, {"weights": 1}))
     with pytest.raises(ValueError, match="linear: expected weights with a sum other than 0"):
-        plan_merge(MergeSpec("linear", spec.models, None, {"weights": [1, -1]}))
+        plan_merge(MergeSpec.of_models("linear", spec.models, None, {"weights": [1, -1]}))
     with pytest.raises(TypeError, match=r"got \['densty'\]"):
-        plan_merge(MergeSpec("ties", spec.models, spec.base, {"weights": 1, "densty": 1}))
+        plan_merge(
+            MergeSpec.of_models(
+                "ties", spec.models, base=spec.base, parameters={"weights": 1, "densty": 1}
+            )
+        )
     assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base"]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeme_ext.merging.chunks import widened
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
-from mergeme_ext.merging.select import BLOCK, blocks, rank_cuts
+from mergeme_ext.merging.select import select
+from mergeme_ext.merging.sweep import SWEEP_ELEMENTS, in_parts, slices, task_vectors
 
 _SMALLEST_SHARE = 1e-8
 
@@ -40,11 +40,7 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor], *, notes: dict | None 
     length = max(1, base.shape[-1] if base.dim() else 1)
     x, y = base.reshape(-1), tensors[0].reshape(-1)
     divergence = _divergences(x, y, length)
-
-    def score(begin: int, end: int) -> Tensor:
-        return _importance(x[begin:end], y[begin:end], divergence, begin, length)
-
-    threshold = _threshold(score, x.numel())
+    threshold = _threshold(x, y, divergence, length)
     if notes is not None:
         notes["importance"] = threshold
 
@@ -52,22 +48,22 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor], *, notes: dict | None 
         scores = _importance(base, tensors[0], divergence, offset, length)
         return torch.where(~(scores.double() < threshold), tensors[0], base)
 
-    return combine
+    return in_parts(combine)
 
 
 def _divergences(x: Tensor, y: Tensor, length: int) -> Tensor:
     """The divergence of each row, in the accumulation type."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.empty(x.numel() // length, dtype=dtype, device=x.device)
-    for begin, end in blocks(len(out), max(1, BLOCK // length)):
-        rows = slice(begin * length, end * length)
-        q, p = (t[rows].view(-1, length).double().softmax(-1) + _SMALLEST_SHARE for t in (x, y))
+    for rows in slices(len(out), max(1, SWEEP_ELEMENTS // length)):
+        part = slice(rows.start * length, rows.stop * length)
+        q, p = (t[part].view(-1, length).double().softmax(-1) + _SMALLEST_SHARE for t in (x, y))
         terms = p * (p.log() - q.log())
         while terms.shape[1] > 1:  # folded in halves: the same bits whatever the threads
             half = (terms.shape[1] + 1) // 2
             terms[:, : terms.shape[1] - half] += terms[:, half:]
             terms = terms[:, :half]
-        out[begin:end] = terms[:, 0]
+        out[rows] = terms[:, 0]
     return out
 
 
@@ -75,12 +71,18 @@ def _importance(x: Tensor, y: Tensor, divergence: Tensor, begin: int, length: in
     """Importances of a flat stretch from element ``begin`` on."""
     first, last = begin // length, math.ceil((begin + x.numel()) / length)
     rows = divergence[first:last].repeat_interleave(length)
-    return (widened(y) - widened(x)).abs() * rows[begin - first * length :][: x.numel()]
+    return task_vectors(x, [y])[0].abs_() * rows[begin - first * length :][: x.numel()]
 
 
-def _threshold(score, numel: int) -> float:
-    if numel == 0:
+def _threshold(x: Tensor, y: Tensor, divergence: Tensor, length: int) -> float:
+    def scores():
+        for part in slices(x.numel()):
+            yield [_importance(x[part], y[part], divergence, part.start, length)]
+
+    def quartiles(numel: int) -> list[list[int]]:
+        return [[int(f * (numel - 1)) for f in (0.25, 0.5, 0.75)]]
+
+    if x.numel() == 0:
         return 0.0
-    ranks = [numel - int(f * (numel - 1)) for f in (0.25, 0.5, 0.75)]  # 1 is the largest
-    first, median, third = (cut.value for cut in rank_cuts(score, numel, ranks))
-    return median + 1.5 * (third - first)
+    ((first, median, third),) = select(scores, quartiles)
+    return median.value + 1.5 * (third.value - first.value)

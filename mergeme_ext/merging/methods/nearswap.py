@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mergeme_ext.merging.chunks import widened
 from mergeme_ext.merging.parameters import NearDistance
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
+from mergeme_ext.merging.sweep import in_parts, widened
 
 _SMALLEST_DISTANCE = 1e-6
 
@@ -30,8 +30,8 @@ def nearswap(base: Tensor, tensors: Sequence[Tensor], *, t: NearDistance) -> Com
     """
 
     def combine(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
-        a, c = widened(base), widened(tensors[0])
+        a, c = widened([base, *tensors])
         g = (t / (a - c).abs().clamp(min=_SMALLEST_DISTANCE)).clamp(0, 1)
         return (g * c + (1 - g) * a).to(tensors[0].dtype)
 
-    return combine
+    return in_parts(combine)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from mergeme_ext.merging.chunks import widened
 from mergeme_ext.merging.parameters import Scales
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
+from mergeme_ext.ops import weighted_sum
 
 
 @merge_method(
@@ -28,10 +29,11 @@ def passthrough(base: Tensor | None, tensors: Sequence[Tensor], *, scale: Scales
     Departs from the paper: only the copy is here. Which layers are stacked is up to the recipe, and
     nothing is trained afterwards.
     """
+    factor = torch.tensor(scale, dtype=torch.float64)
 
     def combine(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
         if scale[0] == 1:
             return tensors[0].clone()
-        return (scale[0] * widened(tensors[0])).to(tensors[0].dtype)
+        return weighted_sum(tensors, factor.to(tensors[0].device))
 
     return combine

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeme_ext.merging.chunks import active_deltas, widened
+from mergeme_ext.merging.overlap import active_task_vectors
 from mergeme_ext.merging.parameters import ActiveAbove
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
+from mergeme_ext.merging.sweep import in_parts
 
 
 @merge_method("ram", paper="Yuan et al. 2026, arXiv:2601.13572", scope=Scope.ELEMENT)
@@ -22,11 +23,10 @@ def ram(base: Tensor, tensors: Sequence[Tensor], *, epsilon: ActiveAbove = 1e-5)
     """
 
     def combine(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
-        wide = widened(base)
-        mix, count = torch.zeros_like(wide), torch.zeros_like(wide)
-        for active, delta in active_deltas(wide, tensors, epsilon):
-            mix += delta
-            count += active
-        return (wide + mix / count.clamp(min=1)).to(base.dtype)
+        _, xs, count = active_task_vectors(base, tensors, epsilon)
+        mix = torch.zeros_like(count)
+        for x in xs:
+            mix += x
+        return mix.div_(count.clamp_(min=1)).add_(base).to(base.dtype)
 
-    return combine
+    return in_parts(combine)

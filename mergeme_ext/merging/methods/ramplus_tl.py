@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeme_ext.merging.chunks import active_deltas, widened
+from mergeme_ext.merging.overlap import active_task_vectors
 from mergeme_ext.merging.parameters import ActiveAbove, UniqueGain, UniqueGainLimit
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
-from mergeme_ext.merging.select import blocks
+from mergeme_ext.merging.sweep import in_parts, slices
 
 
 @merge_method("ramplus_tl", paper="Yuan et al. 2026, arXiv:2601.13572", scope=Scope.TENSOR)
@@ -42,17 +42,15 @@ def ramplus_tl(
         notes["scales"] = scales
 
     def combine(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
-        wide = widened(base)
-        mix, alone, count = (torch.zeros_like(wide) for _ in range(3))
-        for scale, (active, delta) in zip(
-            scales, active_deltas(wide, tensors, epsilon), strict=True
-        ):
-            mix += delta
-            alone += scale * delta
-            count += active
-        return (wide + torch.where(count == 1, alone, mix / count.clamp(min=1))).to(base.dtype)
+        _, xs, count = active_task_vectors(base, tensors, epsilon)
+        mix, alone = torch.zeros_like(count), torch.zeros_like(count)
+        for scale, x in zip(scales, xs, strict=True):
+            mix += x
+            alone += scale * x
+        mix = torch.where(count == 1, alone, mix.div_(count.clamp(min=1)))
+        return mix.add_(base).to(base.dtype)
 
-    return combine
+    return in_parts(combine)
 
 
 def _overlaps(
@@ -61,12 +59,8 @@ def _overlaps(
     """For each model: the places it changed with others, and those it alone changed."""
     flat, models = base.reshape(-1), [t.reshape(-1) for t in tensors]
     shared, unique = [0] * len(models), [0] * len(models)
-    for begin, end in blocks(flat.numel()):
-        wide = widened(flat[begin:end])
-        active = [a for a, _ in active_deltas(wide, [m[begin:end] for m in models], epsilon)]
-        count = torch.zeros_like(wide)
-        for a in active:
-            count += a
+    for part in slices(flat.numel()):
+        active, _, count = active_task_vectors(flat[part], [m[part] for m in models], epsilon)
         alone = count == 1
         for i, a in enumerate(active):
             own = int((a & alone).count_nonzero())

@@ -1,18 +1,18 @@
 """SCE: select where models vary most, weigh models by their energy there, erase minority signs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mergeme_ext.merging.chunks import widened
 from mergeme_ext.merging.parameters import SelectTopk, UniformBelow
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
-from mergeme_ext.merging.select import Cut, blocks, rank_cuts
-from mergeme_ext.ops import masked_norms
+from mergeme_ext.merging.select import select
+from mergeme_ext.merging.sweep import block_sum, in_parts, slices, task_vectors, widened
 
+# Sums of mean squares below these weigh nothing: absolute, or as a share of the base's.
 _SMALLEST_TOTAL = 1e-6
-_SMALLEST_SHARE_OF_BASE = 1e-12
+_SMALLEST_SHARE = 1e-12
 _SMALLEST_DIVISOR = 1e-6
 
 
@@ -31,21 +31,25 @@ def sce(
         base: Pretrained weight, any shape.
         tensors: M tuned weights, each shaped like ``base``.
         select_topk: Fraction tau in [0, 1] of the places kept, those where the M task vectors vary
-            most: floor(tau * c) of the c places with a variance other than zero; of equal variances
-            the lower index. 1 keeps every place, c places or not.
-        uniform_below: Each model weighs as its mean square change at the places kept. Where the sum
-            of these is below 1e-6 (``absolute``), all weigh the same; ordinary fine-tuning falls
-            below that. ``relative`` does so below 1e-12 of the base's mean square only.
-        notes: Gets ``weights``, and ``uniform`` where they are the same; the engine fills it in.
+            most: floor(tau * c) of the c places where they vary at all; of equal variances, the
+            lower index. 1 keeps every place.
+        uniform_below: A model weighs as its mean square change over the tensor, counting what is
+            kept. Where the sum of these is below 1e-6 (``absolute``) all models weigh the same;
+            ordinary fine-tuning can fall below that. ``relative``: where it is below 1e-12 of the
+            base's mean square.
+        notes: Gets ``weights``, and ``uniform`` if they are all the same for that reason; the
+            engine fills it in.
 
-    At each place the sign of the unweighted sum is elected, a tie electing plus. The result is the
-    base plus the weighted mean of the changes that agree; divisors below 1e-6 count as that.
+    At each place the sign of the plain sum is elected, a tie electing plus. The result is the base
+    plus the weighted mean of the changes that agree; a divisor below 1e-6 counts as that.
     """
-    selection = _Selection(tensors, select_topk)
-    squares = _mean_squares(base, tensors, selection)
+    kept = _Kept(tensors, select_topk)
+    squares = _mean_squares(base, tensors, kept)
     floor = _SMALLEST_TOTAL
     if uniform_below == "relative":
-        floor = _SMALLEST_SHARE_OF_BASE * _mean_square(base)
+        parts = (widened([base.reshape(-1)[part]])[0] for part in slices(base.numel()))
+        energy = sum((block_sum(part * part) for part in parts), 0.0)
+        floor = _SMALLEST_SHARE * energy / max(1, base.numel())
     total = sum(squares)
     uniform = total < floor or total == 0
     weights = [1 / len(squares) if uniform else s / total for s in squares]
@@ -55,89 +59,91 @@ def sce(
             notes["uniform"] = True
 
     def combine(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
-        wide = widened(base)
-        deltas = selection.deltas(wide, tensors, offset)
-        total = torch.zeros_like(wide)
-        for delta in deltas:
-            total += delta
-        sign = torch.where(total < 0, -1.0, 1.0)
-        mix, divisor = torch.zeros_like(wide), torch.zeros_like(wide)
-        for weight, delta in zip(weights, deltas, strict=True):
-            agrees = ~(delta * sign <= 0)  # a NaN agrees, and so shows
-            mix += torch.where(agrees, weight * delta, 0)
-            divisor += weight * agrees.to(wide.dtype)
-        return (wide + mix / divisor.clamp(min=_SMALLEST_DIVISOR)).to(base.dtype)
+        xs = kept.task_vectors(base, tensors, offset)
+        votes = torch.zeros_like(xs[0])
+        for x in xs:
+            votes += x
+        sign = torch.where(votes < 0, -1.0, 1.0)
+        mix, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
+        for weight, x in zip(weights, xs, strict=True):
+            agrees = ~(x * sign <= 0)  # a NaN agrees, and so shows
+            mix += torch.where(agrees, weight * x, 0)
+            divisor += weight * agrees.to(x.dtype)
+        return mix.div_(divisor.clamp_(min=_SMALLEST_DIVISOR)).add_(base).to(base.dtype)
 
-    return combine
+    return in_parts(combine)
 
 
-class _Selection:
-    """The places kept; everything at a ``fraction`` of 1."""
+class _Kept:
+    """The places kept: those varying by more than a value, or by just that before ``tie_end``."""
 
     def __init__(self, tensors: Sequence[Tensor], fraction: float) -> None:
-        self.whole = fraction == 1
-        self.cut: Cut | None = None
-        if self.whole:
+        self.value, self.tie_end = float("inf"), 0  # nothing
+        self.everything = fraction == 1
+        numel, varying, keep = tensors[0].numel(), 0, 0
+        if self.everything or numel == 0:
             return
         flat = [t.reshape(-1) for t in tensors]
 
-        def score(begin: int, end: int) -> Tensor:
-            return _variance([widened(t[begin:end]) for t in flat])
+        def variances() -> Iterator[list[Tensor]]:
+            nonlocal varying
+            varying = 0
+            for part in slices(numel):
+                variance = _variance(widened([t[part] for t in flat]))
+                varying += int(variance.count_nonzero())
+                yield [variance]
 
-        def ranks(nonzero: int) -> list[int]:
-            keep = int(fraction * nonzero)
-            return [keep] if keep else []
+        def ranks(numel: int) -> list[list[int]]:  # called when the first round is over
+            nonlocal keep
+            keep = int(fraction * varying)
+            return [[numel - keep] if keep else []]
 
-        cuts = rank_cuts(score, flat[0].numel(), ranks)
-        self.cut = cuts[0] if cuts else None
+        (found,) = select(variances, ranks)
+        if not found:
+            return
+        self.value, self.tie_end = found[0].value, numel
+        left = keep - found[0].above
+        if left < found[0].equal:
+            for part, (v,) in zip(slices(numel), variances(), strict=True):
+                ties = (v == self.value).nonzero().squeeze(1)
+                if left <= len(ties):
+                    self.tie_end = part.start + int(ties[left - 1]) + 1
+                    break
+                left -= len(ties)
 
-    def deltas(self, base: Tensor, tensors: Sequence[Tensor], offset: int) -> list[Tensor]:
-        """The task vectors of a stretch, zero where nothing is kept; ``base`` is widened."""
-        wide = [widened(t) for t in tensors]
-        if self.whole:
-            return [t - base for t in wide]
-        if self.cut is None:
-            return [torch.zeros_like(base) for _ in wide]
-        kept = self.cut.keeps(_variance(wide), offset)
-        return [torch.where(kept, t - base, 0) for t in wide]
+    def task_vectors(self, base: Tensor, tensors: Sequence[Tensor], offset: int) -> list[Tensor]:
+        """Return stretches of the task vectors, with zeros at the places that are not kept."""
+        xs = task_vectors(base, tensors)
+        if self.everything:
+            return xs
+        variance = _variance(widened(tensors))
+        dropped = variance < self.value
+        ties = min(max(self.tie_end - offset, 0), len(dropped))
+        dropped[ties:] |= variance[ties:] == self.value
+        return [x.masked_fill_(dropped, 0) for x in xs]
 
 
 def _variance(tensors: Sequence[Tensor]) -> Tensor:
-    """Population variance at each place; taken from the first, so that equal ones have none.
+    """Return the population variance at each place, exactly zero where all are equal.
 
-    The base need not be subtracted: a shift changes no variance.
+    Taken of differences to the first: a shift changes no variance, so the base doesn't matter.
     """
     first, *others = tensors
-    shifted = [torch.zeros_like(first), *(t - first for t in others)]
+    shifted = [t - first for t in others]
     mean = torch.zeros_like(first)
     for s in shifted:
         mean += s
-    mean /= len(shifted)
-    out = torch.zeros_like(first)
+    mean /= len(tensors)
+    out = mean * mean  # of the first
     for s in shifted:
-        deviation = s - mean
-        out += deviation * deviation
-    return out / len(shifted)
+        out += s.sub_(mean).square_()
+    return out.div_(len(tensors))
 
 
-def _mean_square(tensor: Tensor) -> float:
-    nothing = torch.zeros(1, 2, dtype=torch.float64, device=tensor.device)
-    flat, total = tensor.reshape(-1), 0.0
-    for begin, end in blocks(flat.numel()):
-        stretch = flat[begin:end]
-        total += masked_norms(torch.zeros_like(stretch), [stretch], nothing)[0, 1].item() ** 2
-    return total / max(1, flat.numel())
-
-
-def _mean_squares(base: Tensor, tensors: Sequence[Tensor], selection: _Selection) -> list[float]:
-    every = torch.zeros(len(tensors), 2, dtype=torch.float64, device=base.device)
-    if selection.whole:
-        sums = masked_norms(base, tensors, every)[:, 1] ** 2
-    else:
-        sums = every[:, 0].clone()
-        flat, models = base.reshape(-1), [t.reshape(-1) for t in tensors]
-        for begin, end in blocks(flat.numel()):
-            stretch = widened(flat[begin:end])
-            deltas = selection.deltas(stretch, [m[begin:end] for m in models], begin)
-            sums += masked_norms(torch.zeros_like(stretch), deltas, every)[:, 1] ** 2
-    return (sums / max(1, base.numel())).tolist()
+def _mean_squares(base: Tensor, tensors: Sequence[Tensor], kept: _Kept) -> list[float]:
+    flat, models = base.reshape(-1), [t.reshape(-1) for t in tensors]
+    sums = [0.0] * len(models)
+    for part in slices(flat.numel()):
+        xs = kept.task_vectors(flat[part], [m[part] for m in models], part.start)
+        sums = [s + block_sum(x.square_()) for s, x in zip(sums, xs, strict=True)]
+    return [s / max(1, flat.numel()) for s in sums]
