@@ -195,6 +195,15 @@ def test_a_parameter_without_a_value_is_named(world):
         )
 
 
+def test_filters_that_match_nothing_are_noted(world):
+    world.model("a", decoder(1))
+    layout = world.lay_out(
+        "merge_method: linear\nmodels: [{model: a}]\n"
+        "parameters: {weight: [{filter: mpl, value: 1}, {filter: mlp, value: 1}, {value: 1}]}\n"
+    )
+    assert layout.notes == ["filter 'mpl' matches no tensor"]
+
+
 def test_values_are_bound_for_the_models_of_each_tensor(world):
     for name in ("base", "a", "b"):
         world.model(name, decoder(2))
