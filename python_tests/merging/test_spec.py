@@ -292,6 +292,7 @@ def test_vocabulary_sources(load):
     model = TokenizerSpec(ModelRef.of("b"))
     assert load(head + "tokenizer_source: b\n").tokenizer == model
     assert load(head + "tokenizer: {source: b}\n").tokenizer == model
+    assert load(head + "tokenizer_source: model:b\n").tokenizer == model
     assert load(head + "tokenizer: {pad_to_multiple_of: 8}\n").tokenizer.source == "union"
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert load(f"{head}chat_template: '{template}'\n").chat_template == template
