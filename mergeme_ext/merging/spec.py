@@ -308,6 +308,13 @@ class MergeSpec:
         """Of the result's floating tensors; None keeps the lead's."""
         return self.out_dtype or self.dtype
 
+    def with_default_seed(self, seed: int) -> "MergeSpec":
+        """Return this merge with ``seed`` for a method that takes one, unless the recipe has it."""
+        takes_one = any(p.kind.key == "seed" for p in registry.get(self.method).parameters.values())
+        if not takes_one or "seed" in self.parameters:
+            return self
+        return replace(self, parameters={**self.parameters, "seed": Setting((seed,))})
+
     def with_documents(self, folders: Mapping[str, str | Path]) -> "MergeSpec":
         """Return this merge with the results of others in their places.
 

@@ -1,5 +1,6 @@
 """Shares work among threads: first what prepares a tensor, then the chunks it falls into."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,12 +55,21 @@ def run_jobs(jobs: Iterator[Job], *, threads: int, memory: int) -> None:
         raise
     finally:
         for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+            _wait_for(worker)
         pool.finish_all()
         torch.set_num_threads(intra_op)
     if pool.error is not None:
         raise pool.error
+
+
+def _wait_for(worker: threading.Thread) -> None:
+    """Wait for the end of what ``worker`` is at, however often the user presses Ctrl-C meanwhile.
+
+    A thread that still ran when the interpreter ends would bring the process down.
+    """
+    while worker.ident is not None and worker.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):
+            worker.join()
 
 
 class _Running:
