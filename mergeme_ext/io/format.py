@@ -88,12 +88,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parse_size(size: int | str) -> int:
-    """Return ``size`` in bytes; ``5GB``, ``500MB`` and ``10KB`` are decimal, as on the Hub.
+    """Return ``size`` in bytes; ``5GB`` and ``500MB`` are decimal, as on the Hub, ``1GiB`` is not.
 
     Raises:
         ValueError: The text is not a positive number with such a unit.
     """
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    binary = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    units = binary | {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
     text = str(size).strip().upper()
     unit = next((u for u in units if text.endswith(u)), "")
     try:

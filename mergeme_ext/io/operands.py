@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Converted", "Operand", "Stored", "check_rows", "num_rows"]
+__all__ = ["Converted", "Cut", "Operand", "Stored", "check_rows", "num_rows"]
 
 
 class Operand(Protocol):
@@ -102,3 +102,31 @@ class Converted:
     def rows(self, begin: int, end: int) -> Tensor:
         """Return rows ``[begin, end)`` in ``dtype``."""
         return self._operand.rows(begin, end).to(self.dtype)
+
+
+class Cut:
+    """The leading part of another operand: fewer rows, fewer columns, or both."""
+
+    def __init__(self, operand: Operand, shape: tuple[int, ...]):
+        if len(shape) != len(operand.shape) or any(
+            ours > whole for ours, whole in zip(shape, operand.shape, strict=True)
+        ):
+            raise ValueError(f"expected shape within {list(operand.shape)}, got {list(shape)}")
+        self.dtype = operand.dtype
+        self.shape = tuple(shape)
+        self._operand = operand
+        self.prefetch = operand.prefetch
+        self.release = operand.release
+
+    def stored(self) -> Tensor | None:
+        """Return the operand's leading rows, if that is a stretch of a stored tensor."""
+        whole = self._operand.stored()
+        if whole is None or self.shape[1:] != tuple(self._operand.shape[1:]):
+            return None
+        return whole[: self.shape[0]] if self.shape else whole
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Return rows ``[begin, end)``, cut."""
+        check_rows(self, begin, end)
+        rows = self._operand.rows(begin, end)
+        return rows[(slice(None), *(slice(size) for size in self.shape[1:]))]

@@ -36,9 +36,8 @@ def recipe_text(spec: MergeSpec) -> str:
 
 def model_card(spec: MergeSpec, method: MergeMethod) -> str:
     """Return the README.md of the merged model."""
-    document = spec.document()
-    models = [entry["model"] for entry in document["models"]]
-    base = document.get("base_model")
+    models = [model.name for model in spec.models]
+    base = None if spec.base is None else spec.base.name
     lines = [f"- `{model}`" for model in models]
     if base is not None:
         lines.insert(0, f"- `{base}` (base)")

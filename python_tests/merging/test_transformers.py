@@ -47,7 +47,9 @@ def test_merge_of_sharded_models_loads(tmp_path, dtype, tied):
     state = tuned[0].state_dict()
     assert all(torch.equal(source.tensor(n), state[n]) for n in source.names)
 
-    spec = MergeSpec("ties", [tmp_path / "a", tmp_path / "b"], tmp_path / "base", {"weights": 1})
+    spec = MergeSpec.of_models(
+        "ties", [tmp_path / "a", tmp_path / "b"], base=tmp_path / "base", parameters={"weights": 1}
+    )
     merge(spec, tmp_path / "out", max_shard_size="20KB")
     model = load(tmp_path / "out")
     assert model.dtype == dtype
@@ -58,7 +60,9 @@ def test_merge_of_sharded_models_loads(tmp_path, dtype, tied):
 def test_one_model_merged_alone_is_that_model(tmp_path):
     save_llama(tmp_path / "base", 0)
     tuned = save_llama(tmp_path / "a", 1)
-    spec = MergeSpec("linear", [tmp_path / "a"], tmp_path / "base", {"weights": 1})
+    spec = MergeSpec.of_models(
+        "linear", [tmp_path / "a"], base=tmp_path / "base", parameters={"weights": 1}
+    )
     merge(spec, tmp_path / "out")
     ids = torch.arange(10)[None]
     assert torch.equal(load(tmp_path / "out")(ids).logits, tuned(ids).logits)
