@@ -226,10 +226,11 @@ def _refuse_other_formats(
             "only FP8 weights with their scales are dequantised",
         )
     sparsity = quantisation.get("sparsity_config") or {}
-    if sparsity.get("format") not in (None, "dense"):
+    layout = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
+    if layout not in (None, "dense"):
         _refuse(
             where,
-            f"config.json has a sparsity_config of format {sparsity['format']}",
+            f"config.json has a sparsity_config of format {layout!r:.60}",
             "compressed-tensors' sparse",
             "its zeros are left out of the files",
         )
@@ -293,7 +294,7 @@ def _declared_blocks(
     for block in found:
         try:
             rows, columns = (int(size) for size in block)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             rows = columns = 0
         if rows < 1 or columns < 1:
             raise CheckpointError(
@@ -330,7 +331,7 @@ def _layout(
         transposed = _transposed_layout(shape, sizes, method)
         if transposed:
             found.add(transposed)
-        elif sizes in ((rows,), (*experts, rows, 1)):
+        elif sizes == (*experts, rows, 1) or (not experts and sizes == (rows,)):
             found.add(((*experts, rows, 1), (*ones, 1, columns)))
         for block in blocks:
             block = (min(block[0], whole[-2]), min(block[1], whole[-1]))
@@ -390,7 +391,7 @@ def _leftover(
 ) -> str | None:
     """Return why a tensor of a quantised checkpoint is of no further use; None if it is."""
     if name.endswith(_ZERO_POINT):
-        if read(name).to(torch.float32).count_nonzero():
+        if read(name).reshape(-1).view(torch.uint8).count_nonzero():
             raise CheckpointError(
                 f"{where}: tensor {name!r}: expected zero points of 0, as FP8 has, got others"
             )
