@@ -26,6 +26,16 @@ PARAMETERS = {
     "fisher": {"normalize": False},
     "pcb_merging": {"density": 0.3, "clip": 0.01, "scope": "tensor"},
     "regmean": {},
+    "della": {"weights": [1, 0.5], "density": [0.5, 0.7], "seed": 3},
+    "della_linear": {"weights": 1, "density": 0.5, "rescale": "inverse_prob"},
+    "breadcrumbs": {"weights": [0.5, 1], "density": [0.3, 0.7], "gamma": 0.1, "rescale": "l1"},
+    "breadcrumbs_ties": {"weights": 1, "density": 0.6},
+    "sce": {"select_topk": 0.3},
+    "arcee_fusion": {},
+    "nearswap": {"t": 0.01},
+    "ram": {},
+    "ramplus_tl": {"epsilon": 0.01},
+    "passthrough": {"scale": 0.5},
 }
 
 
