@@ -64,7 +64,7 @@ KILLED = """
     write_at, left = CheckpointSink.write_at, [int(os.environ["WRITES"])]
     def dying(self, *args):
         left[0] -= 1
-        if left[0] < 0:
+        if left[0] == -1:
             os.kill(os.getpid(), signal.SIGKILL)
         write_at(self, *args)
     CheckpointSink.write_at = dying
