@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeme_ext.merging import get
-from mergeme_ext.merging.engine import merge_chunks
 from python_tests.references import mask_methods as reference
+from python_tests.support.chunks import merge_chunks
 from python_tests.support.toy import DTYPES, assert_example, flat, make
 
 FUSION = get("arcee_fusion")

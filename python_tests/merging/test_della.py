@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeme_ext.merging import get
-from mergeme_ext.merging.engine import merge_chunks
 from python_tests.references import mask_methods as reference
+from python_tests.support.chunks import merge_chunks
 from python_tests.support.toy import BASE, DTYPES, MODELS, assert_close, assert_example, flat, make
 
 DELLA = get("della")

@@ -17,15 +17,25 @@ from python_tests.support.checkpoints import llama_tensors, save
 from python_tests.support.toy import make
 
 PARAMETERS = {
-    "linear": {"weights": [0.5, 1]},
-    "task_arithmetic": {"weights": [0.5, -1], "lam": 0.7},
-    "ties": {"weights": [0.5, 1], "density": [0.3, 0.7], "rescale": "l2"},
+    "arcee_fusion": {},
+    "breadcrumbs": {"weights": [0.5, 1], "density": [0.3, 0.7], "gamma": 0.1},
+    "breadcrumbs_ties": {"weights": 1, "density": 0.6, "gamma": [0, 0.2], "rescale": "l1"},
     "dare_linear": {"weights": 1, "density": 0.5, "seed": 3},
     "dare_ties": {"weights": 1, "density": [0.5, 0.9], "rescale": "inverse_prob"},
+    "della": {"weights": [0.5, 1], "density": 0.5, "epsilon": [0.1, 0.2]},
+    "della_linear": {"weights": 1, "density": 0.4, "rescale": "inverse_prob"},
     "emr_merging": {},
     "fisher": {"normalize": False},
+    "linear": {"weights": [0.5, 1]},
+    "nearswap": {"t": 0.1},
+    "passthrough": {"scale": 0.5},
     "pcb_merging": {"density": 0.3, "clip": 0.01, "scope": "tensor"},
+    "ram": {},
+    "ramplus_tl": {},
     "regmean": {},
+    "sce": {"select_topk": 0.6},
+    "task_arithmetic": {"weights": [0.5, -1], "lam": 0.7},
+    "ties": {"weights": [0.5, 1], "density": [0.3, 0.7], "rescale": "l2"},
 }
 
 
