@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def collect_fisher(
         def log_likelihood(model: nn.Module, example: Example) -> Tensor:
             return causal_log_likelihood(model, example, generator if labels == "model" else None)
 
+    CheckpointSink(out, [], overwrite=overwrite)  # refuses a target before the work is done
     squares = {name: _accumulator(p.shape, p) for name, p in parameters.items()}
     count = 0
     with _evaluating(model), torch.enable_grad():
@@ -100,11 +102,13 @@ def collect_grams(
     """Write the Gram matrices of all linear layers' inputs to the folder ``out``.
 
     The Gram of a layer is the mean over tokens of x x^T, ``[in, in]``, stored under the name of
-    the layer's weight. All of them are held in memory at once. A layer that no token reached gets
-    none, nor do experts packed into one parameter: RegMean gives those the mean.
+    the layer's weight. All of them are held in memory at once. Experts of a Mixture-of-Experts
+    see the tokens that are routed to them; one that no token reached gets no Gram, and RegMean
+    gives it the mean.
 
     Args:
-        model: Its ``torch.nn.Linear`` layers are looked at.
+        model: Its ``torch.nn.Linear`` layers are looked at, and experts packed as in transformers:
+            ``gate_up_proj`` ``[E, 2 I, H]`` and ``down_proj`` ``[E, H, I]``.
         batches: As for ``collect_fisher``; the model is called with each example.
         out: Target folder, for the ``gram`` of a recipe.
         max_examples: How many examples to take at most; the paper takes 256 or more.
@@ -119,27 +123,9 @@ def collect_grams(
 
     Source: Jin et al. 2023, arXiv:2212.09849, section 3.
     """
-    own = dict(model.named_parameters())  # a head tied to the embedding is not among them
-    grams: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-            if name not in grams:
-                grams[name] = _accumulator((x.shape[1], x.shape[1]), x)
-                tokens[name] = 0
-            x = x.to(grams[name].dtype)
-            grams[name].addmm_(x.t(), x)
-            tokens[name] += x.shape[0]
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(hook_for(f"{name}.weight"))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and f"{name}.weight" in own
-    ]
+    CheckpointSink(out, [], overwrite=overwrite)  # refuses a target before the work is done
+    grams = _Grams()
+    handles = grams.watch(model)
     count = 0
     try:
         with _evaluating(model), torch.no_grad():
@@ -151,14 +137,92 @@ def collect_grams(
             handle.remove()
     if count == 0:
         raise ValueError("collect_grams: expected at least one example, got none")
-    grams = {name: gram / tokens[name] for name, gram in grams.items() if tokens[name]}
-    if not grams:
+    means = grams.means()
+    if not means:
         raise ValueError("collect_grams: expected the model to run torch.nn.Linear layers")
-    for name, gram in grams.items():
+    for name, gram in means.items():
         if not gram.isfinite().all():
             raise ValueError(f"collect_grams: the inputs of {name!r} are not finite")
-    _write(out, _as_stored(model, grams), "gram", count, overwrite)
+    _write(out, means, "gram", count, overwrite)
     return count
+
+
+class _Grams:
+    """Sums of x x^T and counts of tokens, by the name of the weight that x goes through."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+
+    def watch(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Let every linear layer and every expert in ``model`` report its inputs."""
+        own = dict(model.named_parameters())  # a head tied to the embedding is not among them
+        handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and f"{name}.weight" in own:
+                hook = partial(self._see_layer, f"{name}.weight")
+            elif _is_packed(module):
+                hook = partial(self._see_experts, _expert_names(model, name, module))
+            else:
+                continue
+            handles.append(module.register_forward_pre_hook(hook))
+        return handles
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the Grams of all weights that a token went through."""
+        return {name: self.sums[name] / n for name, n in self.tokens.items() if n}
+
+    def _add(self, name: str, x: Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = _accumulator((x.shape[1], x.shape[1]), x)
+            self.tokens[name] = 0
+        x = x.to(self.sums[name].dtype)
+        self.sums[name].addmm_(x.t(), x)
+        self.tokens[name] += x.shape[0]
+
+    def _see_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._add(name, args[0].reshape(-1, args[0].shape[-1]))
+
+    def _see_experts(
+        self, names: list[tuple[list[str], list[str]]], experts: nn.Module, args: tuple[Tensor, ...]
+    ) -> None:
+        hidden, topk_ids = args[:2]
+        for expert, (gate_up_names, down_names) in enumerate(names):
+            x = hidden[(topk_ids == expert).any(-1)]
+            if not len(x):
+                continue
+            gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            for name in gate_up_names:
+                self._add(name, x)
+            for name in down_names:
+                self._add(name, experts.act_fn(gate) * up)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether ``module`` holds experts in the layout that ``collect_grams`` describes."""
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights):
+        return False
+    gate_up, down = weights
+    return (
+        gate_up.shape == (down.shape[0], 2 * down.shape[2], down.shape[1])
+        and len(list(module.parameters(recurse=False))) == 2  # no biases
+        and callable(getattr(module, "act_fn", None))
+    )
+
+
+def _expert_names(
+    model: nn.Module, name: str, module: nn.Module
+) -> list[tuple[list[str], list[str]]]:
+    """Return, for each expert, what its weights before and behind the activation are stored as."""
+    names: list[tuple[list[str], list[str]]] = [([], []) for _ in module.down_proj]
+    numbers = torch.arange(len(names))[:, None, None]
+    for place, (weight, rows) in enumerate((("gate_up_proj", 2), ("down_proj", 1))):
+        packed = {f"{name}.{weight}": numbers.expand(-1, rows, 1).clone()}
+        for stored, number in _as_stored(model, packed).items():
+            if number.numel() <= rows:  # it is stored expert by expert
+                names[int(number.flatten()[0])][place].append(stored)
+    return names
 
 
 def causal_log_likelihood(

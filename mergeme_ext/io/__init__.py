@@ -1,6 +1,7 @@
 """Checkpoints on disk: lazy reading, all-or-nothing writing, and what their tensors are called."""
 
 from mergeme_ext.io import names
+from mergeme_ext.io.adapters import AdaptedSource
 from mergeme_ext.io.companions import copy_companions, portable_name, with_dtype
 from mergeme_ext.io.format import (
     CheckpointError,
@@ -15,6 +16,7 @@ from mergeme_ext.io.sink import CheckpointSink
 from mergeme_ext.io.source import CheckpointSource
 
 __all__ = [
+    "AdaptedSource",
     "CheckpointError",
     "CheckpointSink",
     "CheckpointSource",

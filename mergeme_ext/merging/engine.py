@@ -19,7 +19,6 @@ from mergeme_ext.io import (
     CheckpointSource,
     dtype_name,
     load_json_object,
-    open_model,
 )
 from mergeme_ext.io.names import EMBEDDING, HEAD
 from mergeme_ext.io.operands import Cut, Operand
@@ -36,9 +35,10 @@ from mergeme_ext.merging.execution import (
 )
 from mergeme_ext.merging.layout import Assignment, Layout, lay_out
 from mergeme_ext.merging.ranks import Alone, Ranks
+from mergeme_ext.merging.recipe import load_merge_specs
 from mergeme_ext.merging.registry import MergeMethod
 from mergeme_ext.merging.report import REPORT_NAME, merge_report
-from mergeme_ext.merging.spec import MergeSpec, ModelRef, load_merge_specs
+from mergeme_ext.merging.spec import MergeSpec, ModelRef
 
 if TYPE_CHECKING:
     from mergeme_ext.vocabulary import Vocabulary
@@ -338,7 +338,7 @@ class _Planner:
     def __init__(self, spec: MergeSpec, allow: Allowances):
         self.spec, self.allow = spec, allow
         self.method = registry.get(spec.method)
-        self.sources = {ref: open_model(ref.path, ref.adapter) for ref in spec.references}
+        self.sources = {ref: open_model(ref) for ref in spec.references}
         self.labels = {ref: str(ref) for ref in self.sources}
         self.statistics: dict[Path, CheckpointSource] = {}
 
@@ -376,7 +376,7 @@ class _Planner:
                     )
                 reasons[name] = "allowed to stay out"
             if ref == self.spec.base and ref not in self.spec.models and not self.method.takes_base:
-                why = f"{self.method.name} takes no base: it gives configuration and tokenizer"
+                why = f"{self.method.name} does not look at the base"
                 reasons |= dict.fromkeys(source.names, why)
             dropped[ref] = reasons
         return dropped
@@ -545,6 +545,20 @@ class _Planner:
         if rows and "vocab_size" in config:
             config["vocab_size"] = rows[0]
         return config
+
+
+def open_model(ref: ModelRef) -> CheckpointSource:
+    """Return the checkpoint that ``ref`` means, opened, with its adapter applied.
+
+    Raises:
+        CheckpointError: It is damaged, or the adapter does not fit it.
+    """
+    source = CheckpointSource(ref.path)
+    if ref.adapter is None:
+        return source
+    from mergeme_ext.io.adapters import AdaptedSource
+
+    return AdaptedSource(source, ref.adapter)
 
 
 def plan_documents(

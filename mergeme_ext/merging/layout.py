@@ -89,12 +89,11 @@ def lay_out(
 
 
 def _check_kinds(spec: MergeSpec, sources: Mapping[ModelRef, CheckpointSource]) -> None:
-    lead = sources[spec.lead]
     for model in spec.references:
-        kinds = [s.config.get("model_type") for s in (lead, sources[model])]
+        kinds = [sources[m].config.get("model_type") for m in (spec.lead, model)]
         if None not in kinds and kinds[0] != kinds[1]:
             raise CheckpointError(
-                f"{sources[model].path} is a {kinds[1]} model, {lead.path} a {kinds[0]} model; "
+                f"{model} is a {kinds[1]} model, {spec.lead} a {kinds[0]} model; "
                 "only models of one kind merge"
             )
 
@@ -121,12 +120,12 @@ class _Planner:
         self.spec, self.sources = spec, sources
         self.method = registry.get(spec.method)
         self.base = spec.base if self.method.takes_base else None
-        aliases = resolve_heads([sources[model] for model in spec.references])
-        self.aliases = dict(zip(spec.references, aliases, strict=True))
+        self.aliases = resolve_heads({model: sources[model] for model in spec.references})
         self.read: dict[ModelRef, set[str]] = {model: set() for model in spec.references}
         self.why: dict[ModelRef, dict[str, str]] = {model: {} for model in spec.references}
         self.notes: list[str] = []
         self.assignments: list[Assignment] = []
+        self.filtered: set[str] = set()  # names that filters were tried on
         self.bound: dict[Any, dict[str, Any]] = {}
         self.config = with_dtype(sources[spec.lead].config, spec.result_dtype)
 
@@ -140,7 +139,8 @@ class _Planner:
         made = {assignment.name for assignment in self.assignments}
         if self.config and HEAD in made and self.config.get("tie_word_embeddings"):
             self.config["tie_word_embeddings"] = False
-        self.note_what_has_no_effect()
+        self.note_bases_parameters()
+        self.note_idle_filters()
         left_out, leftovers = self.account()
         return Layout(self.assignments, self.config, left_out, leftovers, self.notes)
 
@@ -178,9 +178,7 @@ class _Planner:
         lead_model = self.spec.base or piece.sources[0].model
         lead = self.members(module, lead_model)
         if not lead:
-            raise CheckpointError(
-                f"{self.sources[lead_model].path} has no tensors of module {module.name!r}"
-            )
+            raise CheckpointError(f"{lead_model} has no tensors of module {module.name!r}")
         stacks = find_stacks(lead, self.sources[lead_model].config)
         every = list(dict.fromkeys([lead_model, *(s.model for s in piece.sources)]))
         for model in every[1:]:
@@ -212,7 +210,7 @@ class _Planner:
         found: Collection[str],
     ) -> None:
         """Check that a model has all of the lead's tensors; more are leftovers."""
-        here, there = self.sources[lead_model].path, self.sources[model].path
+        here, there = lead_model, model
         others = {s.prefix: s for s in find_stacks(found, self.sources[model].config)}
         for stack in stacks:
             if stack.prefix in others and len(others[stack.prefix]) != len(stack):
@@ -261,7 +259,7 @@ class _Planner:
             parts = {names.module_of(name) for name in found} - {None}
             if len(parts) > 1:
                 raise CheckpointError(
-                    f"{source.path} is made of {', '.join(sorted(parts))}; put each one's slices "
+                    f"{model} is made of {', '.join(sorted(parts))}; put each one's slices "
                     "or models under modules"
                 )
         stacks = find_stacks(found, source.config)
@@ -269,7 +267,7 @@ class _Planner:
         if stack is None:
             what = ", ".join(f"{s.prefix}* ({len(s)})" for s in stacks) or "none"
             raise CheckpointError(
-                f"{source.path}: expected one stack of layers to take slices from, got {what}"
+                f"{model}: expected one stack of layers to take slices from, got {what}"
             )
         inside = {name for layer in stack.layers for name in layer.values()} | set(stack.beyond)
         outside = [name for name in _by_place(source, found) if name not in inside]
@@ -280,8 +278,7 @@ class _Planner:
         start, end = source.layers
         if end > len(stack):
             raise CheckpointError(
-                f"layer_range [{start}, {end}] goes past the {len(stack)} layers of "
-                f"{self.sources[source.model].path}"
+                f"layer_range [{start}, {end}] goes past the {len(stack)} layers of {source.model}"
             )
 
     def assign_outside(
@@ -300,8 +297,7 @@ class _Planner:
         for source in participants[1:]:
             if missing := [n for n in wanted[lead] if n not in set(wanted[source.model])]:
                 raise CheckpointError(
-                    f"{self.sources[source.model].path} has no tensor {_first_of(missing)}, which "
-                    f"{self.sources[lead].path} has"
+                    f"{source.model} has no tensor {_first_of(missing)}, which {lead} has"
                 )
         models = [s for s in participants if s.model != self.base]
         for name in wanted[lead]:
@@ -350,9 +346,9 @@ class _Planner:
         ):
             if missing := [rest for rest in has_layer if rest not in lacks_layer]:
                 raise CheckpointError(
-                    f"layer {lacks.layers[0] + step} of {self.sources[lacks.model].path} has no "
+                    f"layer {lacks.layers[0] + step} of {lacks.model} has no "
                     f"{_first_of([rest.lstrip('.') for rest in missing])}, which layer "
-                    f"{has.layers[0] + step} of {self.sources[has.model].path} has: they are "
+                    f"{has.layers[0] + step} of {has.model} has: they are "
                     "different kinds of layers"
                 )
 
@@ -369,7 +365,7 @@ class _Planner:
     ) -> OriginalLayer:
         found = layer_section(self.sources[model].config, stack, module.name)
         section = found[0] if found else {}
-        return OriginalLayer(section, source.layers[0] + step, str(self.sources[model].path))
+        return OriginalLayer(section, source.layers[0] + step, str(model))
 
     def adapt_config(
         self,
@@ -383,7 +379,7 @@ class _Planner:
         found = layer_section(self.config, stack, module.name)
         if found is None:
             raise CheckpointError(
-                f"{self.sources[lead].path}: config.json nowhere says that there are {len(stack)} "
+                f"{lead}: config.json nowhere says that there are {len(stack)} "
                 f"layers {stack.prefix}*, so it cannot be made to say {len(layers)}"
             )
         rederive(*found, layers)
@@ -409,6 +405,7 @@ class _Planner:
         t: float,
     ) -> None:
         """Add a tensor; ``base`` and ``inputs`` are names by which filters know the inputs."""
+        self.filtered |= {name, *inputs}
         stored = []
         for source, nominal in zip(models, inputs, strict=True):
             stored.append(self.aliases[source.model][nominal])
@@ -478,7 +475,21 @@ class _Planner:
     def leave_out(self, model: ModelRef, nominal: str, reason: str) -> None:
         self.why[model].setdefault(self.aliases[model][nominal], reason)
 
-    def note_what_has_no_effect(self) -> None:
+    def note_idle_filters(self) -> None:
+        spec = self.spec
+        levels = [spec.parameters, *(module.parameters for module in spec.modules)]
+        for piece in spec.slices:
+            levels += [piece.parameters, *(source.parameters for source in piece.sources)]
+        filters = [
+            condition.filter
+            for level in levels
+            for setting in level.values()
+            for condition in setting.conditions
+            if not any(condition.matches(name) for name in self.filtered)
+        ]
+        self.notes += [f"filter {text!r} matches no tensor" for text in dict.fromkeys(filters)]
+
+    def note_bases_parameters(self) -> None:
         if self.base is None:
             return
         for piece in self.spec.slices:
@@ -530,8 +541,10 @@ def _by_place(source: CheckpointSource, aliases: Aliases) -> list[str]:
     return sorted(aliases, key=lambda name: place[aliases[name]])
 
 
-def resolve_heads(sources: Sequence[CheckpointSource]) -> list[dict[str, str]]:
-    """Return, for each source, the tensors it stands for: from name to the name it is stored under.
+def resolve_heads(
+    sources: Mapping[ModelRef, CheckpointSource],
+) -> dict[ModelRef, dict[str, str]]:
+    """Return, for each model, the tensors it stands for: from name to the name it is stored under.
 
     They differ for the LM head only. If all heads are tied to the embedding, none has a head of
     its own; if one has, a tied one stands for its embedding under the head's name.
@@ -539,21 +552,23 @@ def resolve_heads(sources: Sequence[CheckpointSource]) -> list[dict[str, str]]:
     Raises:
         CheckpointError: A head is tied by its configuration but differs from the embedding.
     """
-    resolved = []
-    for source in sources:
+    resolved = {}
+    for model, source in sources.items():
         found = {name: name for name in source.names}
-        tied = source.config.get("tie_word_embeddings") is True and EMBEDDING in source
-        if tied and HEAD in source:
+        if HEAD in found and _is_tied(source):
             if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
                 raise CheckpointError(
-                    f"{source.path}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
+                    f"{model}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
                     "set tie_word_embeddings to false there if the head is meant to be its own"
                 )
             del found[HEAD]
-        resolved.append(found)
-    if any(HEAD in found for found in resolved):
-        for source, found in zip(sources, resolved, strict=True):
-            tied = source.config.get("tie_word_embeddings")
-            if HEAD not in found and tied and EMBEDDING in found:
+        resolved[model] = found
+    if any(HEAD in found for found in resolved.values()):
+        for model, found in resolved.items():
+            if HEAD not in found and _is_tied(sources[model]):
                 found[HEAD] = EMBEDDING
     return resolved
+
+
+def _is_tied(source: CheckpointSource) -> bool:
+    return source.config.get("tie_word_embeddings") is True and EMBEDDING in source

@@ -12,24 +12,33 @@ from typing import Annotated, Any
 from mergeme_ext.recipes import as_number
 
 __all__ = [
+    "ActiveAbove",
     "Clip",
     "Compat",
     "Density",
     "Elect",
+    "Gamma",
     "Inter",
     "Kind",
     "Lambda",
+    "NearDistance",
     "NonDiagonalRatio",
     "Normalize",
+    "RankWindow",
     "Rescale",
     "RescaleStat",
     "Ridge",
+    "Scales",
     "ScopeOption",
     "Seed",
+    "SelectTopk",
     "SignTie",
     "SmallConstant",
     "Task",
     "TrimScope",
+    "UniformBelow",
+    "UniqueGain",
+    "UniqueGainLimit",
     "Weights",
 ]
 
@@ -145,3 +154,16 @@ RescaleStat = Annotated[str, Kind("rescale_stat", _one_of("mean_of_means", "glob
 Inter = Annotated[str, Kind("inter", _one_of("sum", "sign_mm"))]
 Clip = Annotated[float, Kind("clip", _interval(0, 0.5, "a fraction in [0, 0.5)", open_high=True))]
 ScopeOption = Annotated[str, Kind("scope", _one_of("model", "tensor"))]
+
+# What thins and masks task vectors, and what compares weights with a threshold.
+_FRACTION = _interval(0, 1, "a fraction in [0, 1]")
+_AT_LEAST_0 = _interval(0, math.inf, "a finite number of at least 0")
+Gamma = Annotated[Sequence[float], Kind("gamma", _FRACTION, per_model=True)]
+RankWindow = Annotated[Sequence[float], Kind("epsilon", _FRACTION, per_model=True)]
+SelectTopk = Annotated[float, Kind("select_topk", _FRACTION)]
+UniformBelow = Annotated[str, Kind("uniform_below", _one_of("absolute", "relative"))]
+ActiveAbove = Annotated[float, Kind("epsilon", _AT_LEAST_0)]
+UniqueGain = Annotated[float, Kind("r", _AT_LEAST_0)]
+UniqueGainLimit = Annotated[float, Kind("alpha", _AT_LEAST_0)]
+NearDistance = Annotated[float, Kind("t", _AT_LEAST_0)]
+Scales = Annotated[Sequence[float], Kind("scale", _finite, per_model=True)]

@@ -52,6 +52,8 @@ _KEYS = (
 # In shared recipes; here masks are never stored, so it has nothing to act on.
 _WITHOUT_EFFECT = {"int8_mask"}
 DEFAULT_MODULE = "default"
+# Older recipes have it before the model whose tokenizer is to be used.
+_MODEL_PREFIX = "model:"
 
 
 def load_merge_spec(path: str | Path) -> MergeSpec:
@@ -510,6 +512,8 @@ class _Reader:
     def vocabulary_source(self, section: Section, key: str) -> ModelRef | str:
         if section.value(key) in ("union", "base"):
             return section.text(key)
+        if not section.holds_mapping(key) and section.text(key).startswith(_MODEL_PREFIX):
+            return self.model_of(section, key, section.text(key).removeprefix(_MODEL_PREFIX))
         return self.model(section, key)
 
     def token_rule(self, section: Section) -> TokenRule:

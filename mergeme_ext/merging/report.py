@@ -30,7 +30,7 @@ def merge_report(plan: "MergePlan", notes: Mapping[str, Any]) -> dict[str, Any]:
     for planned, assignment in zip(plan.tensors, plan.layout.assignments, strict=True):
         action = "copied" if planned.parameters is None else "merged"
         made_of = list(zip(assignment.models, assignment.names, strict=True))
-        if planned.base is not None:
+        if assignment.base is not None and plan.method.takes_base:
             made_of.insert(0, (plan.spec.base, assignment.base))
         for ref, name in made_of:
             used[ref].setdefault(name, []).append(planned.name)

@@ -76,9 +76,16 @@ def _tie_ends(visits: Visits, thresholds: list[float], left: list[int]) -> dict[
     """Hand out the places that are ``left`` to elements on the cut, in order."""
     left = list(left)
     ends: dict[str, list[int]] = {}
+    seen: set[str] = set()
     for visit, offset, xs in sweep(visits):
         if not any(left):
             break
+        if offset == 0 and visit.tensor_name in seen:
+            raise ValueError(
+                "expected a model whose tensors come once to trim as a whole, "
+                f"got {visit.tensor_name!r} again"
+            )
+        seen.add(visit.tensor_name)
         for m, (x, threshold) in enumerate(zip(xs, thresholds, strict=True)):
             if not left[m]:
                 continue

@@ -134,7 +134,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("value, check, place, after", BAD, ids=str)
+@pytest.mark.parametrize("value, check, place, after", BAD)
 def test_bad_values(value, check, place, after):
     with pytest.raises(SettingError) as caught:
         Setting.of(value, check)

@@ -206,7 +206,7 @@ def test_of_models_counts_the_base_as_the_method_does(load):
 def test_model_references(load, tmp_path, text, path, adapter):
     recipe = f"merge_method: linear\nmodels: [{{model: {text}}}]\nparameters: {{weight: 1}}\n"
     if path is None:
-        with pytest.raises(RecipeError, match="found no folder 'v', .* at revision '1'"):
+        with pytest.raises(RecipeError, match=r"found no folder 'v', .* at revision '1'"):
             load(recipe)
         return
     (model,) = load(recipe).models
@@ -278,9 +278,9 @@ def test_statistics(load, tmp_path):
     spec = load(text)
     assert sources_of(spec)[0].statistics.samefile(tmp_path / "stats")
     assert load(yaml.safe_dump(spec.document())) == spec
-    with pytest.raises(RecipeError, match="'fisher_info' in parameters: is each model's own"):
+    with pytest.raises(RecipeError, match=r"'fisher_info' in parameters: is each model's own"):
         load(text + "parameters: {fisher_info: stats}\n")
-    with pytest.raises(RecipeError, match="parameters.fisher_info: found no folder 'statz'"):
+    with pytest.raises(RecipeError, match=r"parameters.fisher_info: found no folder 'statz'"):
         load(text.replace("stats", "statz"))
 
 
@@ -292,6 +292,7 @@ def test_vocabulary_sources(load):
     model = TokenizerSpec(ModelRef.of("b"))
     assert load(head + "tokenizer_source: b\n").tokenizer == model
     assert load(head + "tokenizer: {source: b}\n").tokenizer == model
+    assert load(head + "tokenizer_source: model:b\n").tokenizer == model
     assert load(head + "tokenizer: {pad_to_multiple_of: 8}\n").tokenizer.source == "union"
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert load(f"{head}chat_template: '{template}'\n").chat_template == template

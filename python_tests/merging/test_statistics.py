@@ -134,6 +134,55 @@ def test_grams_are_means_over_tokens(tmp_path):
     assert_near(found, expected)
 
 
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2))
+
+
+def test_experts_see_the_tokens_routed_to_them(tmp_path):
+    model, batches = mixtral(), make_batches(((3, 2),))
+    model.save_pretrained(tmp_path / "m")
+    collect_grams(model, batches, tmp_path / "g")
+    seen = {}
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.experts.register_forward_hook(
+            lambda _, args, out, layer=layer: seen.setdefault(layer, []).append(args)
+        )
+    with torch.no_grad():
+        for ids in examples_of(batches):
+            model(input_ids=ids)
+    stored, found, expected = read(tmp_path / "m"), read(tmp_path / "g"), {}
+    for layer, expert in ((layer, e) for layer in range(2) for e in range(8)):
+        rows = [
+            x for xs, ids, _ in seen[layer] for x, k in zip(xs, ids, strict=True) if expert in k
+        ]
+        if not rows:
+            continue
+        stem = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+        w1, w3 = (stored[f"{stem}.{w}.weight"].double() for w in ("w1", "w3"))
+        x = torch.stack(rows).double()
+        inner = torch.nn.functional.silu(x @ w1.t()) * (x @ w3.t())
+        expected[f"{stem}.w1.weight"] = expected[f"{stem}.w3.weight"] = x.t() @ x / len(x)
+        expected[f"{stem}.w2.weight"] = inner.t() @ inner / len(x)
+    assert 0 < len(expected) < 2 * 8 * 3, "some experts are reached and some are not"
+    assert_near({n: g for n, g in found.items() if ".experts." in n}, expected)
+    assert found.keys() <= stored.keys()
+
+
+def test_fishers_of_experts_are_stored_like_their_weights(tmp_path):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "m")
+    collect_fisher(model, make_batches(), tmp_path / "f", labels="data")
+    stored, found = read(tmp_path / "m"), read(tmp_path / "f")
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in stored.items()}
+    by_hand = fisher_by_hand(model, make_batches())["model.layers.0.mlp.experts.down_proj"]
+    for expert in range(8):
+        w2 = found[f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight"]
+        torch.testing.assert_close(w2.double(), by_hand[expert], rtol=1e-4, atol=1e-9)
+
+
 def test_a_model_keeps_its_mode_and_hooks(tmp_path):
     model = llama(attention_dropout=0.5)
     model.train()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mergeme_ext.merging import get
 from mergeme_ext.merging import sweep as sweep_module
+from mergeme_ext.merging.registry import Visit
 from python_tests.references import merge_methods
 from python_tests.references import whole_model as reference
 from python_tests.support.toy import (
@@ -161,3 +162,10 @@ def test_scopes_and_their_errors():
 def test_a_model_without_elements():
     model = split_model(torch.zeros(0), [torch.zeros(0)], [0])
     assert vector(merge_model("ties", model, weights=1, density=0.5, compat="paper")).numel() == 0
+
+
+def test_a_tensor_that_comes_twice_has_no_place_in_the_order():
+    visit = Visit("a", torch.zeros(4), [torch.ones(4)])
+    bound = TIES.bind(1, {"weights": 1, "density": 0.3, "trim_scope": "model"})
+    with pytest.raises(ValueError, match=r"whose tensors come once .*, got 'a' again"):
+        TIES.survey(lambda: iter([visit, visit]), {**bound, "density": [0.8]})

@@ -89,7 +89,9 @@ def regmean(
         return lambda base, tensors, offset: weighted_sum(tensors, mean.to(tensors[0].device))
 
     with _one_thread():
-        factor, failed = torch.linalg.cholesky_ex(_total(given, non_diagonal_ratio, added))
+        factor, failed = torch.linalg.cholesky_ex(
+            _total(given, non_diagonal_ratio, added, tensors[0].device)
+        )
     if failed:
         raise ValueError(
             f"regmean: expected the Grams of tensor {tensor_name!r} to have a positive definite "
@@ -113,14 +115,14 @@ def regmean(
     return combine
 
 
-def _total(grams: Sequence[Tensor], ratio: float, added: float) -> Tensor:
+def _total(grams: Sequence[Tensor], ratio: float, added: float, device: torch.device) -> Tensor:
     """Return the sum of the damped Grams, in float64."""
-    total = torch.zeros(grams[0].shape, dtype=torch.float64, device=grams[0].device)
+    total = torch.zeros(grams[0].shape, dtype=torch.float64, device=device)
     diagonal = total.new_zeros(total.shape[0])
     for gram in grams:
         for rows in slices(gram.shape[0], _STRIP_COLUMNS):
-            total[rows] += gram[rows].double()
-        diagonal += gram.diagonal().double()
+            total[rows] += gram[rows].to(total)
+        diagonal += gram.diagonal().to(total)
     total *= ratio
     total.diagonal().copy_(diagonal + len(grams) * added)
     return total
@@ -129,7 +131,7 @@ def _total(grams: Sequence[Tensor], ratio: float, added: float) -> Tensor:
 def _add_product(right: Tensor, weight: Tensor, gram: Tensor, ratio: float, added: float) -> None:
     """Add ``weight`` times the damped ``gram`` to ``right``, block by block of rows."""
     for strip in slices(gram.shape[1], _STRIP_COLUMNS):
-        damped = gram[:, strip].double()
+        damped = gram[:, strip].to(weight)
         diagonal = damped.diagonal(-strip.start)
         kept = diagonal + added
         damped *= ratio
