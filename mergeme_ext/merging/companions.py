@@ -41,8 +41,8 @@ def write_companions(
     if not copy_tokenizer:
         skip.update(_TOKENIZER, _TEMPLATES)
     elif plan.vocabulary is not None:
-        skip.update(plan.vocabulary.write(sink))
-        skip.update(_TOKENIZER)
+        own_template = plan.spec.chat_template is None
+        skip.update(plan.vocabulary.write(sink, chat_template=own_template))
         skip.update(_write_generation_config(plan, sink))
     if plan.spec.chat_template is not None:
         from mergeme_ext.vocabulary import resolve_chat_template
