@@ -348,6 +348,12 @@ class _Planner:
         self.vocabulary = self._plan_vocabulary()
         self._tried: set[str] = set()
         tensors = [self._plan_tensor(assignment) for assignment in layout.assignments]
+        for folder, source in self.statistics.items():
+            if not any(t.statistics and any(t.statistics) for t in tensors):
+                raise CheckpointError(
+                    f"{folder}: holds no statistics of these models' tensors; its first is "
+                    f"{source.names[0] if source.names else 'none'}"
+                )
         config = self._config(layout, tensors)
         return MergePlan(
             spec=self.spec,
@@ -461,7 +467,10 @@ class _Planner:
 
     def _statistic(self, folder: Path | None, name: str) -> Operand | None:
         if folder is None:
-            return None
+            raise CheckpointError(
+                f"{self.method.name} needs {self.method.statistics} of each model: a folder of "
+                "statistics, among the model's parameters"
+            )
         if folder not in self.statistics:
             self.statistics[folder] = CheckpointSource(folder)
         source = self.statistics[folder]

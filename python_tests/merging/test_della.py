@@ -5,8 +5,16 @@ from hypothesis import strategies as st
 
 from mergeme_ext.merging import get
 from python_tests.references import mask_methods as reference
-from python_tests.support.chunks import merge_chunks
-from python_tests.support.toy import BASE, DTYPES, MODELS, assert_close, assert_example, flat, make
+from python_tests.support.toy import (
+    BASE,
+    DTYPES,
+    MODELS,
+    assert_close,
+    assert_example,
+    flat,
+    in_chunks,
+    make,
+)
 
 DELLA = get("della")
 # With this seed the first model's mask of a tensor called "w" is that of the worked example.
@@ -68,9 +76,7 @@ def test_chunks_change_no_bit(rows, length, chunk, dtype, seed):
     base, models = make(dtype, shape=(rows, length), models=2, seed=seed)
     options = {"weights": [1, 0.5], "density": 0.4, "seed": seed}
     whole = DELLA(base, models, **options, tensor_name="w")
-    arguments = DELLA, "w", base, models, DELLA.bind(2, options)
-    parts = merge_chunks(*arguments, dtype=dtype, chunk_elements=chunk)
-    assert torch.equal(torch.cat([c for _, c in parts]).view_as(whole), whole)
+    assert torch.equal(in_chunks(DELLA, base, models, chunk, tensor_name="w", **options), whole)
 
 
 @pytest.mark.parametrize("density, epsilon", [(0.9, 0.15), (0.1, 0.15), (0.85, 0.15), (0.5, 0.5)])

@@ -51,7 +51,7 @@ def drop_ranked(x, length, density, epsilon, seed, name, model, rescale):
     if density == 1:
         return list(x)
     bits, out = decisions(len(x), seed, name, model), []
-    for start in range(0, len(x), length):
+    for start in range(0, len(x), max(1, length)):
         row = x[start : start + length]
         q = probabilities(row, density - epsilon, density + epsilon)
         for i, v in enumerate(row):
@@ -150,7 +150,7 @@ def ram(base, tensors, epsilon=1e-5, r=0.0, alpha=0.0):
     for a in active:
         unique = sum(on and c == 1 for on, c in zip(a, count, strict=True))
         shared = sum(on and c > 1 for on, c in zip(a, count, strict=True))
-        rho = shared / max(unique, epsilon)
+        rho = shared / max(unique, epsilon) if unique else 0.0  # without unique ones, never used
         scales.append(1 + r * min(max(rho, 0.0), alpha))
     out, size = [], []
     for i, b in enumerate(base):
