@@ -1,5 +1,6 @@
 """Adds tokens to a tokenizer's document, every token's id being given."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from mergeme_ext.vocabulary.tokenizer import (
     load_document,
 )
 
-__all__ = ["NewToken", "extend", "shares_pieces"]
+__all__ = ["NewToken", "extend", "shares_pieces", "unreachable"]
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,31 @@ def _append_merges(
     base: ModelTokenizer,
     others: Iterable[ModelTokenizer],
 ) -> None:
-    """Append the merges that make the new ``pieces``, in the order of the others' own."""
+    """Append the merges that make the new ``pieces``, in the order of the others' own.
+
+    What comes first decides how a piece is split on the way, so another's merge alone might never
+    get its turn: a piece that is two parts by then gets the merge of these two as well.
+    """
     if model["type"] != "BPE":
         return
-    seen = {_pair(merge) for merge in model["merges"]}
-    skip = len(model.get("continuing_subword_prefix") or "")
-    fresh: list[tuple[str, str]] = []
+    ranks = {_pair(merge): i for i, merge in enumerate(model["merges"])}
+    old = len(ranks)
+    vocab = model["vocab"]
+    prefix = model.get("continuing_subword_prefix") or ""
+    affixes = bool(prefix or model.get("end_of_word_suffix"))
     for other in others:
         if not shares_pieces(base, other):
             continue
         for merge in other.document["model"]["merges"]:
             left, right = pair = _pair(merge)
-            known = left in model["vocab"] and right in model["vocab"]
-            if left + right[skip:] in pieces and known and pair not in seen:
-                seen.add(pair)
-                fresh.append(pair)
+            piece = left + right[len(prefix) :]
+            if piece not in pieces or left not in vocab or right not in vocab:
+                continue
+            ranks.setdefault(pair, len(ranks))
+            parts = () if affixes else _split(piece, ranks)
+            if len(parts) == 2:
+                ranks.setdefault(tuple(parts), len(ranks))
+    fresh = list(ranks)[old:]
     as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
     if as_text and any(" " in part for pair in fresh for part in pair):
         model["merges"] = [list(_pair(merge)) for merge in model["merges"]]
@@ -126,9 +137,29 @@ def _append_merges(
     model["merges"] += [" ".join(pair) if as_text else list(pair) for pair in fresh]
 
 
+def _split(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Return the pieces that the merges of these ranks make of ``word``, the lowest rank first."""
+    parts = list(word)
+    while len(parts) > 1:
+        found = [ranks.get(pair, len(ranks)) for pair in itertools.pairwise(parts)]
+        at = min(range(len(found)), key=found.__getitem__)
+        if found[at] == len(ranks):
+            break
+        parts[at : at + 2] = ["".join(parts[at : at + 2])]
+    return parts
+
+
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left, right
+
+
+def unreachable(document: Mapping[str, Any], pieces: Iterable[str]) -> list[str]:
+    """Return those of ``pieces`` that encoding a text never gives: they split into others."""
+    if document["model"]["type"] not in ("BPE", "Unigram"):
+        return []
+    model = load_document(document, "the merged tokenizer").model
+    return [piece for piece in pieces if [t.value for t in model.tokenize(piece)] != [piece]]
 
 
 def _verify(document: Mapping[str, Any], ids: Mapping[str, int]) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergeme_ext.vocabulary.extend import NewToken, extend, shares_pieces
+from mergeme_ext.vocabulary.extend import NewToken, extend, shares_pieces, unreachable
 from mergeme_ext.vocabulary.rows import AVERAGE, ZERO
 from mergeme_ext.vocabulary.tokenizer import FLAGS, ModelTokenizer, VocabularyError, read_tokenizer
 from mergeme_ext.vocabulary.vocabulary import RowPlan, Vocabulary, VocabularyInput
@@ -311,7 +311,7 @@ def _describe(
     rowless: Sequence[str],
 ) -> Iterator[str]:
     models, kept = vocabulary.inputs, vocabulary.kept
-    verb = "kept as it is" if vocabulary.document is None else f"with {len(new)} more tokens"
+    verb = f"with {len(new)} more" if new else "kept as it is"
     yield (
         f"vocabulary: {vocabulary.size} rows for {vocabulary.tokens} tokens; the tokenizer of "
         f"{models[kept].label}, {verb}"
@@ -359,9 +359,10 @@ def _describe_pieces(vocabulary: Vocabulary, new: Sequence[NewToken]) -> Iterato
             yield (
                 f"{vocabulary.inputs[number].label}: splits words ({tokenizer.kind}"
                 f"{', bytes' if tokenizer.is_byte_level else ''}) another way than "
-                f"{kept.label}; its pieces are in the vocabulary, but encoding a text may "
-                "never give them"
+                f"{kept.label}"
             )
+    if hidden := unreachable(vocabulary.document, pieces):
+        yield f"pieces of words that encoding a text never gives: {_some(sorted(hidden))}"
 
 
 def _some(tokens: Sequence[str] | Mapping[str, object]) -> str:
