@@ -161,7 +161,7 @@ class MergePlan:
         check_output(out, [ref.path for ref in self.sources])
 
         def finish(sink: CheckpointSink) -> None:
-            write_companions(self, sink, model_card=model_card, copy_tokenizer=copy_tokenizer)
+            write_companions(self, sink, with_card=model_card, copy_tokenizer=copy_tokenizer)
             report = merge_report(self, sink.notes)
             sink.write_text(REPORT_NAME, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
             if check is not None:
