@@ -11,6 +11,7 @@ from mergeme_ext.io.format import (
     load_json_object,
     parse_size,
 )
+from mergeme_ext.io.licences import licence_of
 from mergeme_ext.io.operands import Converted, Operand, Stored
 from mergeme_ext.io.sink import CheckpointSink
 from mergeme_ext.io.source import CheckpointSource
@@ -27,6 +28,7 @@ __all__ = [
     "copy_companions",
     "dtype_name",
     "format_size",
+    "licence_of",
     "load_json_object",
     "names",
     "parse_size",

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import stat
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
+# A pattern without repeated groups and with few repeats matches in polynomial time.
+_REPEATS = re.compile(r"[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_MAX_REPEATS = 4
 _PARTS = {
     ("lora_A", "weight"): "a",
     ("lora_B", "weight"): "b",
@@ -230,14 +235,24 @@ class AdaptedSource:
 
     def _by_pattern(self, module: str, key: str, default: Any) -> Any:
         """Return the value of the first pattern that matches the end of a module's name."""
-        for pattern, value in (self._settings.get(key) or {}).items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
+        patterns = self._settings.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise self._error(f"expected {key} to map patterns to numbers, got {patterns!r:.60}")
+        for pattern, value in patterns.items():
+            if len(_REPEATS.findall(pattern)) > _MAX_REPEATS or _REPEATED_GROUP.search(pattern):
                 raise self._error(
-                    f"{key}: expected a regular expression, got {pattern!r} ({error})"
+                    f"{key}: expected a simple pattern, got {pattern!r:.60}, which could take "
+                    "forever to match"
+                )
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    matched = re.match(rf"(.*\.)?({pattern})$", module)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise self._error(
+                    f"{key}: expected a regular expression, got {pattern!r:.60} ({error})"
                 ) from None
+            if matched:
+                return value
         return default
 
     def _check_replaced(self, name: str, stored: str) -> None:

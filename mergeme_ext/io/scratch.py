@@ -3,16 +3,15 @@
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mergeme_ext.io.operands import Operand, num_rows
+from mergeme_ext.io.operands import Operand, row_blocks
 
 __all__ = ["lay_out"]
-
-_BLOCK_BYTES = 8 * 2**20
 
 
 def lay_out(operand: Operand, *, folder: Path, in_memory: int) -> Tensor:
@@ -47,10 +46,8 @@ def lay_out(operand: Operand, *, folder: Path, in_memory: int) -> Tensor:
     return torch.frombuffer(mapped, dtype=operand.dtype).view(operand.shape)
 
 
-def _blocks(operand: Operand):
+def _blocks(operand: Operand) -> Iterator[tuple[int, Tensor]]:
     """Yield the first element's flat index, and a flat block of whole rows."""
-    rows = num_rows(operand)
     row = torch.Size(operand.shape[1:]).numel()
-    step = max(1, _BLOCK_BYTES // max(1, row * operand.dtype.itemsize))
-    for begin in range(0, rows, step):
-        yield begin * row, operand.rows(begin, min(rows, begin + step)).reshape(-1)
+    for begin, end in row_blocks(operand):
+        yield begin * row, operand.rows(begin, end).reshape(-1)

@@ -37,7 +37,7 @@ def _regular(path: Path) -> bool:
     """Whether ``path`` is a file, symbolic links followed; never opens it (it may be a pipe)."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return False
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from mergeme_ext.io import CheckpointSink, copy_companions, load_json_object
+from mergeme_ext.io import CheckpointSink, copy_companions, licence_of, load_json_object
 from mergeme_ext.merging.card import CONFIG_NAME, model_card, recipe_text
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ _TOKENIZER = (
 
 
 def write_companions(
-    plan: "MergePlan", sink: CheckpointSink, *, model_card: bool, copy_tokenizer: bool
+    plan: "MergePlan", sink: CheckpointSink, *, with_card: bool, copy_tokenizer: bool
 ) -> None:
     """Write everything but weights and report into ``sink``.
 
     Args:
         plan: Of the merge.
         sink: Open.
-        model_card: Write ``README.md``.
+        with_card: Write ``README.md``.
         copy_tokenizer: Copy the lead's tokenizer, or write the merged one.
     """
     if plan.config:
@@ -41,8 +41,8 @@ def write_companions(
     if not copy_tokenizer:
         skip.update(_TOKENIZER, _TEMPLATES)
     elif plan.vocabulary is not None:
-        skip.update(plan.vocabulary.write(sink))
-        skip.update(_TOKENIZER)
+        own_template = plan.spec.chat_template is None
+        skip.update(plan.vocabulary.write(sink, chat_template=own_template))
         skip.update(_write_generation_config(plan, sink))
     if plan.spec.chat_template is not None:
         from mergeme_ext.vocabulary import resolve_chat_template
@@ -52,13 +52,14 @@ def write_companions(
         sink.write_text(name, text)
         skip.update(_TEMPLATES)
     copy_companions(plan.lead, sink, skip=skip)
-    if model_card:
+    if with_card:
         sink.write_text("README.md", _card(plan))
     sink.write_text(CONFIG_NAME, recipe_text(plan.spec))
 
 
 def _card(plan: "MergePlan") -> str:
-    return model_card(plan.spec, plan.method)
+    licences = {ref: licence_of(ref.path) for ref in plan.sources}
+    return model_card(plan.spec, plan.method, licences)
 
 
 def _write_generation_config(plan: "MergePlan", sink: CheckpointSink) -> list[str]:

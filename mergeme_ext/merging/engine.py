@@ -14,6 +14,7 @@ import torch
 
 from mergeme_ext._version import __version__
 from mergeme_ext.io import (
+    AdaptedSource,
     CheckpointError,
     CheckpointSink,
     CheckpointSource,
@@ -21,7 +22,7 @@ from mergeme_ext.io import (
     load_json_object,
 )
 from mergeme_ext.io.names import EMBEDDING, HEAD
-from mergeme_ext.io.operands import Cut, Operand
+from mergeme_ext.io.operands import Cut, Operand, same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.companions import write_companions
 from mergeme_ext.merging.execution import (
@@ -38,9 +39,10 @@ from mergeme_ext.merging.ranks import Alone, Ranks
 from mergeme_ext.merging.recipe import load_merge_specs
 from mergeme_ext.merging.registry import MergeMethod
 from mergeme_ext.merging.report import REPORT_NAME, merge_report
-from mergeme_ext.merging.spec import MergeSpec, ModelRef
+from mergeme_ext.merging.spec import MergeSpec, ModelRef, ModelToken, TokenRule
 
 if TYPE_CHECKING:
+    from mergeme_ext import vocabulary
     from mergeme_ext.vocabulary import Vocabulary
 
 __all__ = [
@@ -159,7 +161,7 @@ class MergePlan:
         check_output(out, [ref.path for ref in self.sources])
 
         def finish(sink: CheckpointSink) -> None:
-            write_companions(self, sink, model_card=model_card, copy_tokenizer=copy_tokenizer)
+            write_companions(self, sink, with_card=model_card, copy_tokenizer=copy_tokenizer)
             report = merge_report(self, sink.notes)
             sink.write_text(REPORT_NAME, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
             if check is not None:
@@ -348,6 +350,12 @@ class _Planner:
         self.vocabulary = self._plan_vocabulary()
         self._tried: set[str] = set()
         tensors = [self._plan_tensor(assignment) for assignment in layout.assignments]
+        for folder, source in self.statistics.items():
+            if not any(t.statistics and any(t.statistics) for t in tensors):
+                raise CheckpointError(
+                    f"{folder}: holds no statistics of these models' tensors; its first is "
+                    f"{source.names[0] if source.names else 'none'}"
+                )
         config = self._config(layout, tensors)
         return MergePlan(
             spec=self.spec,
@@ -402,10 +410,29 @@ class _Planner:
         return plan_vocabulary(
             inputs,
             base,
-            source=refs.index(source) if isinstance(source, ModelRef) else source,
-            tokens=wanted.tokens,
+            source=self._number(source) if isinstance(source, ModelRef) else source,
+            tokens={token: self._token_rule(rule) for token, rule in wanted.tokens.items()},
             pad_to_multiple_of=wanted.pad_to_multiple_of,
         )
+
+    def _number(self, model: ModelRef) -> int:
+        """Return the place of ``model`` among the sources, with or without its adapter."""
+        refs = list(self.sources)
+        if model in refs:
+            return refs.index(model)
+        folder = os.path.realpath(model.path)
+        return next(i for i, ref in enumerate(refs) if os.path.realpath(ref.path) == folder)
+
+    def _token_rule(self, rule: TokenRule) -> "vocabulary.TokenRule":
+        from mergeme_ext import vocabulary
+
+        source: Any = rule.source
+        if isinstance(source, ModelRef):
+            source = self._number(source)
+        elif isinstance(source, ModelToken):
+            number = self._number(source.model)
+            source = vocabulary.TokenOf(number, source.token, source.token_id)
+        return vocabulary.TokenRule(source, rule.force)
 
     def _plan_tensor(self, assignment: Assignment) -> PlannedTensor:
         method = self.method
@@ -461,7 +488,10 @@ class _Planner:
 
     def _statistic(self, folder: Path | None, name: str) -> Operand | None:
         if folder is None:
-            return None
+            raise CheckpointError(
+                f"{self.method.name} needs {self.method.statistics} of each model: a folder of "
+                "statistics, among the model's parameters"
+            )
         if folder not in self.statistics:
             self.statistics[folder] = CheckpointSource(folder)
         source = self.statistics[folder]
@@ -483,11 +513,8 @@ class _Planner:
         self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
     ) -> None:
         """Refuse integers and the like that differ: no method can merge them."""
-        first = operands[0].rows(0, operands[0].shape[0] if operands[0].shape else 1)
         for ref, operand in zip(refs[1:], operands[1:], strict=True):
-            if operand.shape != operands[0].shape or not torch.equal(
-                first, operand.rows(0, operand.shape[0] if operand.shape else 1)
-            ):
+            if not same_values(operands[0], operand):
                 raise CheckpointError(
                     f"tensor {name!r} ({dtype_name(operands[0].dtype)}, so it cannot be merged) "
                     f"differs between {self.labels[refs[0]]} and {self.labels[ref]}"
@@ -556,8 +583,6 @@ def open_model(ref: ModelRef) -> CheckpointSource:
     source = CheckpointSource(ref.path)
     if ref.adapter is None:
         return source
-    from mergeme_ext.io.adapters import AdaptedSource
-
     return AdaptedSource(source, ref.adapter)
 
 

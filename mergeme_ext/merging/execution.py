@@ -5,6 +5,7 @@ another's arithmetic. What is held at a time is bounded, whatever the size of a 
 """
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,15 +247,18 @@ class _Merge:
         if key not in self.sink.notes:
             merged = [t for t in tensors if t.parameters is not None]
             parameters = merged[0].parameters if merged else {}
-            seen = self.method.survey(lambda: self._visits(merged), parameters)
+            rounds = itertools.count()
+            seen = self.method.survey(
+                lambda: self._visits(merged, check=next(rounds) == 0), parameters
+            )
             self.sink.note(key, seen)
         return self.sink.notes[key]
 
-    def _visits(self, tensors: Sequence[PlannedTensor]) -> Iterator[Visit]:
+    def _visits(self, tensors: Sequence[PlannedTensor], *, check: bool) -> Iterator[Visit]:
         for tensor in tensors:
             base = None if tensor.base is None else self.lay_out(tensor.base)
             models = [self.lay_out(operand) for operand in tensor.models]
-            if not self.execution.allow_nonfinite:
+            if check and not self.execution.allow_nonfinite:
                 every = models if base is None else [base, *models]
                 for label, whole in zip(tensor.labels, every, strict=True):
                     check_finite(whole.reshape(-1), 0, tensor, label)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mergeme_ext.io import CheckpointError, CheckpointSource, names, with_dtype
 from mergeme_ext.io.names import EMBEDDING, HEAD
+from mergeme_ext.io.operands import same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.layered_config import OriginalLayer, rederive
 from mergeme_ext.merging.layers import Stack, find_stacks, layer_section, main_stack, position
@@ -556,7 +555,7 @@ def resolve_heads(
     for model, source in sources.items():
         found = {name: name for name in source.names}
         if HEAD in found and _is_tied(source):
-            if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
+            if not same_values(source.operand(HEAD), source.operand(EMBEDDING)):
                 raise CheckpointError(
                     f"{model}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
                     "set tie_word_embeddings to false there if the head is meant to be its own"

@@ -15,7 +15,7 @@ from mergeme_ext.io import dtype_name, format_size
 from mergeme_ext.io.operands import num_rows
 from mergeme_ext.merging.engine import MergePlan
 from mergeme_ext.merging.execution import Execution, PlannedTensor
-from mergeme_ext.merging.registry import Scope
+from mergeme_ext.merging.registry import Scope, Visit
 
 __all__ = ["Speeds", "TensorGroup", "groups_of", "measure", "preview"]
 
@@ -77,7 +77,7 @@ def measure(plan: MergePlan, out: str | Path, execution: Execution) -> Speeds:
     merged = [t for t in plan.tensors if t.parameters is not None]
     sample = max(merged, key=lambda t: t.nbytes) if merged else None
     merge = float("inf")
-    if sample is not None and plan.method.survey is None:
+    if sample is not None:
         merge = _merge_speed(plan, sample) * execution.num_threads()
     return Speeds(_read_speed(largest), merge, _write_speed(Path(out)))
 
@@ -99,13 +99,21 @@ def _read_speed(tensor: PlannedTensor) -> float:
 def _merge_speed(plan: MergePlan, tensor: PlannedTensor) -> float:
     base = None if tensor.base is None else _first_rows(tensor.base, _PROBE_ELEMENTS)
     models = [_first_rows(operand, _PROBE_ELEMENTS) for operand in tensor.models]
+    visits = [Visit(tensor.tensor_name, base, models)]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         for _ in range(2):  # the first one reads the data
             begin = time.perf_counter()
+            survey = None
+            if plan.method.survey is not None:
+                survey = plan.method.survey(lambda: iter(visits), tensor.parameters)
             combine = plan.method.prepare(
-                base, models, tensor.parameters, tensor_name=tensor.tensor_name
+                base,
+                models,
+                tensor.parameters,
+                tensor_name=tensor.tensor_name,
+                survey=survey,
             )
             combine(None if base is None else base.reshape(-1), [m.reshape(-1) for m in models], 0)
             seconds = time.perf_counter() - begin

@@ -1,28 +1,28 @@
 """Reads merges from recipes: the keys of mergekit's YAML, and what each may hold."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergeme_ext.io.hub import cached_model, is_hub_name
 from mergeme_ext.io.names import MODULES
 from mergeme_ext.merging import registry
+from mergeme_ext.merging.references import ModelReader
 from mergeme_ext.merging.registry import MergeMethod
 from mergeme_ext.merging.settings import Setting, SettingError
 from mergeme_ext.merging.spec import (
     DTYPES,
     MergeSpec,
     ModelRef,
-    ModelToken,
     Module,
     Settings,
     Slice,
     Source,
     TokenizerSpec,
-    TokenRule,
 )
+from mergeme_ext.merging.tokens import read_tokenizer
 from mergeme_ext.recipes import RecipeError, Section, load_recipes, nearest
 
 __all__ = [
@@ -52,8 +52,6 @@ _KEYS = (
 # In shared recipes; here masks are never stored, so it has nothing to act on.
 _WITHOUT_EFFECT = {"int8_mask"}
 DEFAULT_MODULE = "default"
-# Older recipes have it before the model whose tokenizer is to be used.
-_MODEL_PREFIX = "model:"
 
 
 def load_merge_spec(path: str | Path) -> MergeSpec:
@@ -232,14 +230,13 @@ class _Reader:
 
     def __init__(self, section: Section, documents: set[str]):
         self.recipe = section
-        self.documents = documents - {section.text("name", None)}
-        self.models: dict[ModelRef, ModelRef] = {}
+        self.models = ModelReader(documents - {section.text("name", None)})
 
     def read(self) -> MergeSpec:
         recipe = self.recipe
         recipe.allow_only(_KEYS)
         self.method = read_method(recipe, "merge_method")
-        self.base = self.model(recipe, "base_model") if "base_model" in recipe else None
+        self.base = self.models.read(recipe, "base_model") if "base_model" in recipe else None
         if self.base is None and self.method.needs_base:
             raise recipe.error(f"{self.method.name} needs a base_model", "merge_method")
         given = [key for key in _CONTENTS if key in recipe]
@@ -265,7 +262,7 @@ class _Reader:
             parameters,
             read_dtype(recipe, "dtype"),
             read_dtype(recipe, "out_dtype"),
-            self.tokenizer(),
+            self.tokenizer(modules),
             self.chat_template(),
             recipe.text("name", None),
         )
@@ -351,7 +348,7 @@ class _Reader:
                 keys if layered else ("model", "parameters"),
                 refused={"layer_range": "ranges of layers go under slices"},
             )
-            model = self.model(entry, "model")
+            model = self.models.read(entry, "model")
             if model in seen:
                 raise entry.error(f"{entry.path_of('model')} is {seen[model]} again", "model")
             seen[model] = entry.path_of("model")
@@ -410,132 +407,23 @@ class _Reader:
             return None
         return section.folder(self.method.statistics, None)
 
-    def model(self, section: Section, key: str) -> ModelRef:
-        """Read a reference to a model: a text, or a mapping that says the same."""
-        if not section.holds_mapping(key):
-            return self.model_of(section, key, section.text(key))
-        entry = section.section(key)
-        entry.allow_only(
-            ("model", "lora", "override_architecture"),
-            refused={"path": "goes one level deeper, into model"},
-        )
-        if entry.value("override_architecture", None) is not None:
-            raise entry.error(
-                f"{entry.path_of('override_architecture')}: not supported; tensors are found by "
-                "their names",
-                "override_architecture",
-            )
-        path = self.place(entry, "model")
-        adapter = None if entry.value("lora", None) is None else self.place(entry, "lora")
-        if isinstance(path, str):
-            return self.known(ModelRef(Path(path), adapter, document=path))
-        return self.known(ModelRef(path, adapter))
+    def tokenizer(self, modules: Sequence[Module]) -> TokenizerSpec | None:
+        """Read the vocabulary; the models it speaks of must be among those that are merged.
 
-    def place(self, entry: Section, key: str) -> Path | str:
-        """Return the folder, or the document's name, of one half of a reference's mapping."""
-        revision = None
-        if entry.holds_mapping(key):
-            entry = entry.section(key)
-            key = "path"
-            entry.allow_only(("path", "revision"))
-            if entry.value("revision", None) is not None:
-                revision = entry.text("revision")
-        text = entry.text(key)
-        if revision is None and text in self.documents:
-            return text
-        return self.find(entry, key, text, revision)
+        One that is merged with an adapter may be named without.
+        """
+        tokenizer = read_tokenizer(self.recipe, self.models)
+        merged = [s.model for module in modules for piece in module.slices for s in piece.sources]
+        merged += [] if self.base is None else [self.base]
+        plain = {replace(model, adapter=None): model for model in reversed(merged)}
 
-    def model_of(self, section: Section, key: str, text: str) -> ModelRef:
-        """Return the model called ``text``: MODEL[@REVISION][+ADAPTER]."""
-        if text in self.documents:
-            return self.known(ModelRef(Path(text), document=text))
-        if section.find_folder(text) is not None:  # even with + or @ in its name
-            return self.known(ModelRef(section.find_folder(text)))
-        model, plus, adapter = text.partition("+")
-        found = None
-        if plus:
-            if not adapter:
-                raise section.expect(key, "a model, or model+adapter", text)
-            found = self.find(section, key, *_revision(adapter))
-        if model in self.documents:
-            return self.known(ModelRef(Path(model), found, document=model))
-        return self.known(ModelRef(self.find(section, key, *_revision(model)), found))
+        def found(model: ModelRef) -> ModelRef:
+            if model in merged or model in plain:
+                return model if model in merged else plain[model]
+            key = "tokenizer" if "tokenizer" in self.recipe else "tokenizer_source"
+            raise self.recipe.error(f"{key}: {model} is none of the models to merge", key)
 
-    def known(self, model: ModelRef) -> ModelRef:
-        """Return the first reference that means what ``model`` means."""
-        return self.models.setdefault(model, model)
-
-    def find(self, section: Section, key: str, text: str, revision: str | None) -> Path:
-        """Return the folder of a model or adapter; a hub name's is looked up in the local cache."""
-        folder = section.find_folder(text)
-        where = section.path_of(key)
-        if folder is not None:
-            if revision is None:
-                return folder
-            raise section.error(
-                f"{where}: {text!r} is a local folder, which has no revision {revision!r}", key
-            )
-        if (folder := cached_model(text, revision or "main")) is not None:
-            return folder
-        looked = "neither from the recipe's folder nor from here"
-        if is_hub_name(text):
-            looked += ", nor such a model in Hugging Face's cache"
-        if revision is not None:
-            looked += f" at revision {revision!r}"
-        others = nearest(text, self.documents) if self.documents else ""
-        raise section.error(
-            f"{where}: found no folder {text!r}, {looked}; models are local folders, download one "
-            f"from the hub first{others}",
-            key,
-        )
-
-    def tokenizer(self) -> TokenizerSpec | None:
-        recipe = self.recipe
-        if "tokenizer" not in recipe:
-            if "tokenizer_source" not in recipe:
-                return None
-            return TokenizerSpec(self.vocabulary_source(recipe, "tokenizer_source"))
-        if "tokenizer_source" in recipe:
-            raise recipe.error(
-                "tokenizer_source is the old form of tokenizer; give one of them",
-                "tokenizer_source",
-            )
-        section = recipe.section("tokenizer")
-        section.allow_only(("source", "tokens", "pad_to_multiple_of"))
-        source = self.vocabulary_source(section, "source") if "source" in section else "union"
-        tokens = section.section("tokens")
-        rules = {}
-        if tokens is not None:
-            rules = {token: self.token_rule(tokens.section(token)) for token in tokens.keys}
-        return TokenizerSpec(source, rules, section.integer("pad_to_multiple_of", None, low=1))
-
-    def vocabulary_source(self, section: Section, key: str) -> ModelRef | str:
-        if section.value(key) in ("union", "base"):
-            return section.text(key)
-        if not section.holds_mapping(key) and section.text(key).startswith(_MODEL_PREFIX):
-            return self.model_of(section, key, section.text(key).removeprefix(_MODEL_PREFIX))
-        return self.model(section, key)
-
-    def token_rule(self, section: Section) -> TokenRule:
-        section.allow_only(("source", "force"))
-        force = section.boolean("force", False)
-        if section.value("source", None) is None:
-            return TokenRule(None, force)
-        if section.holds_mapping("source"):
-            entry = section.section("source")
-            if "kind" in entry:
-                return TokenRule(self.token_source(entry), force)
-        return TokenRule(self.model(section, "source"), force)
-
-    def token_source(self, entry: Section) -> ModelToken | str:
-        if entry.text("kind", choices=("zero", "model_token")) == "zero":
-            entry.allow_only(("kind",))
-            return "zero"
-        entry.allow_only(("kind", "model", "token", "token_id"))
-        model = self.model(entry, "model")
-        if ("token" in entry) == ("token_id" in entry):
-            raise entry.error(f"expected {entry.where} to have either token or token_id")
-        return ModelToken(model, entry.text("token", None), entry.integer("token_id", None, low=0))
+        return None if tokenizer is None else tokenizer.with_models(found)
 
     def chat_template(self) -> str | None:
         text = self.recipe.text("chat_template", None)
@@ -546,8 +434,3 @@ class _Reader:
             f"chat_template {text!r} is neither a template nor the name of one{hint}",
             "chat_template",
         )
-
-
-def _revision(text: str) -> tuple[str, str | None]:
-    model, at, revision = text.partition("@")
-    return model, revision if at else None

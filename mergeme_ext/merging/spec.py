@@ -1,7 +1,7 @@
 """What a merge is asked to do: models, the layers taken from each, and parameters."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,20 @@ class TokenizerSpec:
             out += [source] if isinstance(source, ModelRef) else []
         return tuple(dict.fromkeys(out))
 
+    def with_models(self, replaced: Callable[[ModelRef], ModelRef]) -> "TokenizerSpec":
+        """Return it with every model that it names replaced."""
+
+        def source_of(source: ModelRef | ModelToken | str | None) -> Any:
+            if isinstance(source, ModelToken):
+                return replace(source, model=replaced(source.model))
+            return replaced(source) if isinstance(source, ModelRef) else source
+
+        tokens = {
+            token: replace(rule, source=source_of(rule.source))
+            for token, rule in self.tokens.items()
+        }
+        return replace(self, source=source_of(self.source), tokens=tokens)
+
     def document(self) -> dict[str, Any]:
         """Return it as plain data."""
         source = self.source.name if isinstance(self.source, ModelRef) else self.source
@@ -308,6 +322,13 @@ class MergeSpec:
         """Of the result's floating tensors; None keeps the lead's."""
         return self.out_dtype or self.dtype
 
+    def with_default_seed(self, seed: int) -> "MergeSpec":
+        """Return this merge with ``seed`` for a method that takes one, unless the recipe has it."""
+        takes_one = any(p.kind.key == "seed" for p in registry.get(self.method).parameters.values())
+        if not takes_one or "seed" in self.parameters:
+            return self
+        return replace(self, parameters={**self.parameters, "seed": Setting((seed,))})
+
     def with_documents(self, folders: Mapping[str, str | Path]) -> "MergeSpec":
         """Return this merge with the results of others in their places.
 
@@ -318,10 +339,8 @@ class MergeSpec:
             KeyError: One is missing.
         """
 
-        def placed(model: Any) -> Any:
-            if isinstance(model, ModelToken):
-                return replace(model, model=placed(model.model))
-            if not isinstance(model, ModelRef) or model.document is None:
+        def placed(model: ModelRef) -> ModelRef:
+            if model.document is None:
                 return model
             return replace(model, path=Path(folders[model.document]))
 
@@ -338,14 +357,12 @@ class MergeSpec:
             )
             for module in self.modules
         )
-        tokenizer = self.tokenizer
-        if tokenizer is not None:
-            tokens = {
-                token: replace(rule, source=placed(rule.source))
-                for token, rule in tokenizer.tokens.items()
-            }
-            tokenizer = replace(tokenizer, source=placed(tokenizer.source), tokens=tokens)
-        return replace(self, modules=modules, base=placed(self.base), tokenizer=tokenizer)
+        return replace(
+            self,
+            modules=modules,
+            base=None if self.base is None else placed(self.base),
+            tokenizer=None if self.tokenizer is None else self.tokenizer.with_models(placed),
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the recipe as plain data, with models by public name instead of by path."""

@@ -1,5 +1,7 @@
 """Shares work among threads: first what prepares a tensor, then the chunks it falls into."""
 
+import contextlib
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -53,13 +55,30 @@ def run_jobs(jobs: Iterator[Job], *, threads: int, memory: int) -> None:
         pool.stop(error)
         raise
     finally:
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
-        pool.finish_all()
-        torch.set_num_threads(intra_op)
+        with _undisturbed():
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            pool.finish_all()
+            torch.set_num_threads(intra_op)
     if pool.error is not None:
         raise pool.error
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """Let further Ctrl-C pass by: the threads are stopping already.
+
+    A thread that still ran when the interpreter ends would bring the process down.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class _Running:

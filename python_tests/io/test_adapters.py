@@ -349,6 +349,13 @@ BAD = {
     "no alpha": (GOOD, {"lora_alpha": "x"}, "expected lora_alpha as a number, got 'x'"),
     "infinite alpha": (GOOD, {"alpha_pattern": {"q_proj": 1e999}}, "Infinity is not JSON"),
     "bad pattern": (GOOD, {"rank_pattern": {"(": 4}}, r"expected a regular expression, got '\('"),
+    "slow pattern": (GOOD, {"rank_pattern": {r"(\w+)+x": 4}}, "could take forever to match"),
+    "long pattern": (GOOD, {"alpha_pattern": {".*.*.*.*.*x": 4}}, "could take forever to match"),
+    "list of patterns": (
+        GOOD,
+        {"rank_pattern": [4]},
+        "expected rank_pattern to map",
+    ),
     "another width": (lora(Q, 8, 16), {}, r"expected A \[4, 16\] .* got \[4, 8\]"),
     "convolution": (
         {

@@ -133,7 +133,15 @@ BAD_HEADERS = {
     "three offsets": ({"w": GOOD | {"data_offsets": [0, 8, 9]}}, 8, "expected data_offsets"),
     "offsets backwards": ({"w": entry(begin=8, end=0)}, 8, "takes 8 bytes, but .* hold -8"),
     "offsets too short": ({"w": entry(end=7)}, 8, r"shape \[2\] of F32 takes 8 bytes, .* hold 7"),
-    "overflowing shape": ({"w": entry(shape=(2**62, 8))}, 8, "takes 147573952589676412928 bytes"),
+    "overflowing shape": ({"w": entry(shape=(2**62, 8))}, 8, "expected fewer or smaller dimens"),
+    "overflowing shape of nothing": (
+        {"w": entry(shape=(2**62, 0, 8), end=0)},
+        0,
+        "expected fewer or smaller dimensions",
+    ),
+    "huge size": ({"w": entry(shape=(2**63,))}, 8, "expected shape as a list of sizes"),
+    "many dimensions": ({"w": entry(shape=(1,) * 65, end=4)}, 4, "expected fewer or smaller"),
+    "half a character": ({"w\ud800": entry()}, 8, "expected a name that is text"),
     "overlap": (
         {"a": entry(), "b": entry(begin=4, end=12)},
         12,

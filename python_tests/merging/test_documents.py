@@ -72,7 +72,9 @@ def test_results_of_others_are_put_in(load, tmp_path):
     assert [m.path for m in filled.models] == [tmp_path / "x2", tmp_path / "x1"]
     assert [m.name for m in filled.models] == ["middle", "start+three/math-13b"]
     assert filled.models[1].adapter == spec.models[1].adapter
-    assert filled.tokenizer.source == ModelRef(tmp_path / "x1", document="start")
+    # The tokenizer's "start" is the one that is merged, with its adapter.
+    lora = spec.models[1].adapter
+    assert filled.tokenizer.source == ModelRef(tmp_path / "x1", lora, document="start")
     assert filled.tokenizer.tokens["<a>"].source.path == tmp_path / "x2"
     token = filled.tokenizer.tokens["<b>"].source
     assert isinstance(token, ModelToken) and token.model.path == tmp_path / "x1"

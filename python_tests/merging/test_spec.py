@@ -97,7 +97,7 @@ tokenizer:
     <|im_end|>:
       source: {kind: model_token, model: b, token: </s>}
     <pad>: {source: {kind: zero}}
-    <x>: {source: {kind: model_token, model: lora, token_id: 3}}
+    <x>: {source: {kind: model_token, model: a, token_id: 3}}
     <y>: {}
   pad_to_multiple_of: 64
 chat_template: chatml
@@ -112,7 +112,6 @@ def test_reads_slices_and_tokenizer(load):
     assert [s.layers for p in module.slices for s in p.sources] == [(0, 4), (2, 6), (6, 8)]
     assert plain(module.slices[0].parameters) == {"t": 0.25}
     a, b = ModelRef.of("a"), ModelRef.of("b")
-    lora = ModelRef.of("lora")
     assert spec.references == (a, b) and spec.models == (b,)
     assert spec.tokenizer == TokenizerSpec(
         "union",
@@ -120,12 +119,12 @@ def test_reads_slices_and_tokenizer(load):
             "<|im_start|>": TokenRule(a, force=True),
             "<|im_end|>": TokenRule(ModelToken(b, token="</s>")),
             "<pad>": TokenRule("zero"),
-            "<x>": TokenRule(ModelToken(lora, token_id=3)),
+            "<x>": TokenRule(ModelToken(a, token_id=3)),
             "<y>": TokenRule(),
         },
         64,
     )
-    assert spec.tokenizer.references == (a, b, lora)
+    assert spec.tokenizer.references == (a, b)
     assert spec.chat_template == "chatml" and spec.name == "mine"
 
 
@@ -289,10 +288,12 @@ def test_vocabulary_sources(load):
     assert load(head).tokenizer is None
     assert load(head + "tokenizer_source: union\n").tokenizer == TokenizerSpec("union")
     assert load(head + "tokenizer_source: base\n").tokenizer == TokenizerSpec("base")
-    model = TokenizerSpec(ModelRef.of("b"))
-    assert load(head + "tokenizer_source: b\n").tokenizer == model
-    assert load(head + "tokenizer: {source: b}\n").tokenizer == model
-    assert load(head + "tokenizer_source: model:b\n").tokenizer == model
+    model = TokenizerSpec(ModelRef.of("a"))
+    assert load(head + "tokenizer_source: a\n").tokenizer == model
+    assert load(head + "tokenizer: {source: a}\n").tokenizer == model
+    assert load(head + "tokenizer_source: model:a\n").tokenizer == model
+    with pytest.raises(RecipeError, match=r"r.yaml:4: tokenizer: .*b is none of the models to me"):
+        load(head + "tokenizer: {source: a, tokens: {x: {source: b}}}\n")
     assert load(head + "tokenizer: {pad_to_multiple_of: 8}\n").tokenizer.source == "union"
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert load(f"{head}chat_template: '{template}'\n").chat_template == template
