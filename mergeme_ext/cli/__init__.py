@@ -14,6 +14,7 @@ __all__ = ["main"]
 COMMANDS = (
     "merge",
     "moe",
+    "inspect",
     "info",
     "demo",
 )
