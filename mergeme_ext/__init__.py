@@ -9,6 +9,7 @@ from mergeme_ext._version import __version__
 from mergeme_ext.ops import (
     apply_sparse_delta,
     apply_sparse_delta_,
+    drop_by_rank,
     grouped_experts,
     grouped_matmul_nn,
     grouped_matmul_nt,
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "apply_sparse_delta",
     "apply_sparse_delta_",
+    "drop_by_rank",
     "grouped_experts",
     "grouped_matmul_nn",
     "grouped_matmul_nt",

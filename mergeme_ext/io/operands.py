@@ -1,12 +1,23 @@
 """Tensors a merge reads: as they lie on disk, or computed row by row from what lies there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Converted", "Operand", "Stored", "check_rows", "num_rows"]
+__all__ = [
+    "Converted",
+    "Cut",
+    "Operand",
+    "Stored",
+    "check_rows",
+    "num_rows",
+    "row_blocks",
+    "same_values",
+]
+
+_BLOCK_BYTES = 8 * 2**20
 
 
 class Operand(Protocol):
@@ -48,6 +59,22 @@ def check_rows(operand: Operand, begin: int, end: int) -> None:
     """
     if not 0 <= begin <= end <= num_rows(operand):
         raise ValueError(f"rows: expected a part of [0, {num_rows(operand)}), got [{begin}, {end})")
+
+
+def row_blocks(operand: Operand) -> Iterator[tuple[int, int]]:
+    """Yield stretches of rows, in order, that take about 8 MiB each."""
+    rows = num_rows(operand)
+    row_bytes = torch.Size(operand.shape[1:]).numel() * operand.dtype.itemsize
+    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    for begin in range(0, rows, step):
+        yield begin, min(rows, begin + step)
+
+
+def same_values(one: Operand, other: Operand) -> bool:
+    """Whether two operands are equal in shape, dtype and every element; block by block."""
+    if tuple(one.shape) != tuple(other.shape) or one.dtype != other.dtype:
+        return False
+    return all(torch.equal(one.rows(*rows), other.rows(*rows)) for rows in row_blocks(one))
 
 
 def _nothing() -> None:
@@ -102,3 +129,31 @@ class Converted:
     def rows(self, begin: int, end: int) -> Tensor:
         """Return rows ``[begin, end)`` in ``dtype``."""
         return self._operand.rows(begin, end).to(self.dtype)
+
+
+class Cut:
+    """The leading part of another operand: fewer rows, fewer columns, or both."""
+
+    def __init__(self, operand: Operand, shape: tuple[int, ...]):
+        if len(shape) != len(operand.shape) or any(
+            ours > whole for ours, whole in zip(shape, operand.shape, strict=True)
+        ):
+            raise ValueError(f"expected shape within {list(operand.shape)}, got {list(shape)}")
+        self.dtype = operand.dtype
+        self.shape = tuple(shape)
+        self._operand = operand
+        self.prefetch = operand.prefetch
+        self.release = operand.release
+
+    def stored(self) -> Tensor | None:
+        """Return the operand's leading rows, if that is a stretch of a stored tensor."""
+        whole = self._operand.stored()
+        if whole is None or self.shape[1:] != tuple(self._operand.shape[1:]):
+            return None
+        return whole[: self.shape[0]] if self.shape else whole
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Return rows ``[begin, end)``, cut."""
+        check_rows(self, begin, end)
+        rows = self._operand.rows(begin, end)
+        return rows[(slice(None), *(slice(size) for size in self.shape[1:]))]

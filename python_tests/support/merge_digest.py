@@ -26,7 +26,11 @@ def digest():
         large, others = models((40_003,), dtype, 2)  # counts digits before it collects
         add(mergeme_ext.magnitude_threshold(large, others, [8_000, 30_000]))
         drops = torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.1, 0.0]], dtype=torch.float64)
-        for mask, selection in (("all", cuts), ("magnitude", cuts), ("random", drops)):
+        add(mergeme_ext.drop_by_rank(base, tensors, drops, key=5, inverse_prob=True))
+        top = mergeme_ext.magnitude_threshold(base, tensors, [100, 200, 4])
+        band = torch.cat([cuts, top], 1)
+        selections = {"all": cuts, "magnitude": cuts, "random": drops, "band": band}
+        for mask, selection in selections.items():
             add(mergeme_ext.masked_norms(base, tensors, selection, mask=mask, key=5))
             for elect in ("none", "sum", "count"):
                 for normalize in (False, True):

@@ -37,3 +37,17 @@ def flat(tensor):
 def assert_close(out, reference, terms):
     value, size = (torch.tensor(x, dtype=torch.float64).view(out.shape) for x in reference)
     assert_within_rounding(out, value, size, terms=terms)
+
+
+def in_chunks(method, base, models, chunk, *, tensor_name="", **parameters):
+    """What ``method`` merges to when its function is given stretches of ``chunk`` elements."""
+    bound = method.bind(len(models), parameters)
+    combine = method.prepare(base, models, bound, tensor_name=tensor_name)
+    flats = [t.reshape(-1) for t in (base, *models)]
+    if method.whole_rows:
+        chunk = max(1, chunk // base.shape[-1]) * base.shape[-1]
+    parts = []
+    for start in range(0, base.numel(), chunk):
+        flat_base, *tensors = [t[start : start + chunk] for t in flats]
+        parts.append(combine(flat_base, tensors, start))
+    return torch.cat(parts).view_as(base)
