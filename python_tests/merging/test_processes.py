@@ -130,6 +130,19 @@ def test_ranks_write_the_bytes_of_one_process(models, method):
 
 
 @pytest.mark.slow
+def test_ranks_carry_out_several_documents(models):
+    (models / "r.yaml").write_text(
+        "name: first\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 1}\n---\n"
+        "merge_method: linear\nmodels: [{model: first}, {model: base}]\nparameters: {weight: 1}\n"
+    )
+    run(["r.yaml", "alone"], models)
+    run(["r.yaml", "out"], models, program=[*TORCHRUN, "-m", "mergeme_ext", "merge"])
+    assert contents(models / "out") == contents(models / "alone")
+    assert not [p for p in models.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_is_replaced(models):
     run(["r.yaml", "alone"], models)
     script = models / "dying.py"
