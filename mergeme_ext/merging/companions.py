@@ -41,7 +41,7 @@ def write_companions(
     if not copy_tokenizer:
         skip.update(_TOKENIZER, _TEMPLATES)
     elif plan.vocabulary is not None:
-        skip.update(plan.vocabulary.write(sink))
+        skip.update(plan.vocabulary.write(sink, chat_template=plan.spec.chat_template is None))
         skip.update(_TOKENIZER)
         skip.update(_write_generation_config(plan, sink))
     if plan.spec.chat_template is not None:

@@ -38,9 +38,10 @@ from mergeme_ext.merging.ranks import Alone, Ranks
 from mergeme_ext.merging.recipe import load_merge_specs
 from mergeme_ext.merging.registry import MergeMethod
 from mergeme_ext.merging.report import REPORT_NAME, merge_report
-from mergeme_ext.merging.spec import MergeSpec, ModelRef
+from mergeme_ext.merging.spec import MergeSpec, ModelRef, ModelToken, TokenRule
 
 if TYPE_CHECKING:
+    from mergeme_ext import vocabulary
     from mergeme_ext.vocabulary import Vocabulary
 
 __all__ = [
@@ -409,7 +410,7 @@ class _Planner:
             inputs,
             base,
             source=refs.index(source) if isinstance(source, ModelRef) else source,
-            tokens=wanted.tokens,
+            tokens={token: _numbered(rule, refs) for token, rule in wanted.tokens.items()},
             pad_to_multiple_of=wanted.pad_to_multiple_of,
         )
 
@@ -554,6 +555,19 @@ class _Planner:
         if rows and "vocab_size" in config:
             config["vocab_size"] = rows[0]
         return config
+
+
+def _numbered(rule: TokenRule, refs: Sequence[ModelRef]) -> "vocabulary.TokenRule":
+    """Return ``rule`` with the models' numbers in place of the models."""
+    from mergeme_ext import vocabulary
+
+    source = rule.source
+    if isinstance(source, ModelToken):
+        model = refs.index(source.model)
+        source = vocabulary.TokenOf(model, source.token, source.token_id)
+    elif isinstance(source, ModelRef):
+        source = refs.index(source)
+    return vocabulary.TokenRule(source, rule.force)
 
 
 def open_model(ref: ModelRef) -> CheckpointSource:
