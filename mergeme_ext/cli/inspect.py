@@ -20,8 +20,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mergeme_ext.cli._output import byte_bar, set_threads
+import torch
+
+from mergeme_ext.cli._output import byte_bar
 from mergeme_ext.inspection import inspect_models
+from mergeme_ext.merging.spec import ModelRef
 from mergeme_ext.report.inspection import inspection_page, inspection_text
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -32,10 +35,13 @@ HELP = "show how models differ before merging them"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments to ``parser``."""
     parser.add_argument(
-        "models", type=Path, nargs="+", metavar="MODEL", help="folders of the models to compare"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="folder of a model to compare; FOLDER+ADAPTER for one with a LoRA adapter",
     )
     parser.add_argument(
-        "--base", type=Path, metavar="BASE", help="folder of the model they were fine-tuned from"
+        "--base", metavar="BASE", help="folder of the model they were fine-tuned from"
     )
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write one page with tables and drawings"
@@ -56,22 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads to use (default: torch's choice)"
+        "--threads",
+        "-j",
+        type=int,
+        metavar="N",
+        help="CPU threads to use (default: torch's choice)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    set_threads(args)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"expected --threads of at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
     to_screen = args.json == "-"
     json_file = None if args.json is None or to_screen else Path(args.json)
     for file in (args.html, json_file):
         if file is not None:
             _check_free(file, overwrite=args.overwrite)
     inspection = inspect_models(
-        args.models,
-        args.base,
+        [_model(text) for text in args.models],
+        None if args.base is None else _model(args.base),
         samples=args.samples,
         seed=args.seed,
         progress=byte_bar("inspect", quiet=args.quiet),
@@ -85,6 +98,14 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(text)
     elif not args.quiet:
         print(inspection_text(inspection))
+
+
+def _model(text: str) -> ModelRef:
+    """Return the model that ``text`` names: a folder, or a folder, a plus and an adapter's."""
+    folder, plus, adapter = text.rpartition("+")
+    if plus and folder and adapter and not Path(text).is_dir():
+        return ModelRef(Path(folder), Path(adapter))
+    return ModelRef(Path(text))
 
 
 def _check_free(file: Path, *, overwrite: bool) -> None:

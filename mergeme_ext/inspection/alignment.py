@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mergeme_ext.io import CheckpointError, CheckpointSource, dtype_name, portable_name
 from mergeme_ext.io.names import EMBEDDING, HEAD
+from mergeme_ext.merging.engine import open_model
+from mergeme_ext.merging.spec import ModelRef
 
 __all__ = ["Aligned", "align", "labels_of"]
 
@@ -36,38 +37,36 @@ class Aligned:
         return self.models if self.base is None else (self.base, *self.models)
 
 
-def labels_of(paths: Sequence[str | Path]) -> list[str]:
-    """Return a name for each of ``paths`` that is free of local folders, and no name twice."""
+def labels_of(models: Sequence[ModelRef]) -> list[str]:
+    """Return a name for each of ``models`` that is free of local folders, and no name twice."""
     labels: list[str] = []
-    for path in paths:
-        name = label = portable_name(path)
-        number = 2
+    for model in models:
+        label, number = model.name, 2
         while label in labels:
-            label, number = f"{name} ({number})", number + 1
+            label, number = f"{model.name} ({number})", number + 1
         labels.append(label)
     return labels
 
 
-def align(models: Sequence[str | Path], base: str | Path | None) -> Aligned:
+def align(models: Sequence[ModelRef], base: ModelRef | None) -> Aligned:
     """Open ``models`` and ``base`` and match their tensors.
 
     Embeddings and heads may differ in their number of rows, and a head may be missing where it is
     tied to the embedding; they are then left out, and so are integer tensors.
 
     Raises:
-        CheckpointError: A checkpoint cannot be read, is quantised, or does not fit the others.
+        CheckpointError: A checkpoint cannot be read or does not fit the others.
         ValueError: There is too little to compare.
     """
     if not models:
         raise ValueError("expected at least one model, got none")
     if base is None and len(models) < 2:
         raise ValueError("expected a base, or at least two models to compare with each other")
-    opened_base = None if base is None else CheckpointSource(base)
-    opened = tuple(CheckpointSource(path) for path in models)
+    opened_base = None if base is None else open_model(base)
+    opened = tuple(open_model(model) for model in models)
     sources = opened if opened_base is None else (opened_base, *opened)
     lead = sources[0]
     for source in sources:
-        _check_plain(source)
         _check_type(lead, source)
     every = dict.fromkeys(name for source in sources for name in source.names)
     names, left_out = [], {}
@@ -78,25 +77,15 @@ def align(models: Sequence[str | Path], base: str | Path | None) -> Aligned:
         else:
             left_out[name] = reason
     if not names:
-        raise CheckpointError(f"{lead.path}: has no floating tensor to compare")
+        raise CheckpointError(f"{lead.label}: has no floating tensor to compare")
     return Aligned(opened_base, opened, tuple(names), left_out)
-
-
-def _check_plain(source: CheckpointSource) -> None:
-    quantised = [n for n in source.names if source.info(n).dtype.itemsize == 1]
-    quantised = [n for n in quantised if source.info(n).dtype.is_floating_point]
-    if quantised or "quantization_config" in source.config:
-        what = f"tensor {quantised[0]!r}" if quantised else "its config.json says so"
-        raise CheckpointError(
-            f"{source.path} is quantised ({what}); save it in bfloat16 or float32 first"
-        )
 
 
 def _check_type(lead: CheckpointSource, source: CheckpointSource) -> None:
     kinds = [s.config.get("model_type") for s in (lead, source)]
     if None not in kinds and kinds[0] != kinds[1]:
         raise CheckpointError(
-            f"{source.path} is a {kinds[1]} model, {lead.path} a {kinds[0]} model; "
+            f"{source.label} is a {kinds[1]} model, {lead.label} a {kinds[0]} model; "
             "only models of one kind can be compared"
         )
 
@@ -113,7 +102,7 @@ def _why_left_out(name: str, sources: Sequence[CheckpointSource]) -> str | None:
             if name == HEAD and source.config.get("tie_word_embeddings") and EMBEDDING in source:
                 return f"{portable_name(source.path)} ties it to {EMBEDDING}"
             raise CheckpointError(
-                f"{source.path} has no tensor {name!r}, which {having[0].path} has"
+                f"{source.label} has no tensor {name!r}, which {having[0].label} has"
             )
     infos = [source.info(name) for source in sources]
     unmeasurable = [info for info in infos if info.dtype not in MEASURABLE]
@@ -125,7 +114,7 @@ def _why_left_out(name: str, sources: Sequence[CheckpointSource]) -> str | None:
                 rows = [i.shape[0] for i in infos]
                 return f"vocabularies differ: {', '.join(map(str, rows))} rows"
             raise CheckpointError(
-                f"tensor {name!r} is {list(infos[0].shape)} in {sources[0].path} but "
-                f"{list(info.shape)} in {source.path}"
+                f"tensor {name!r} is {list(infos[0].shape)} in {sources[0].label} but "
+                f"{list(info.shape)} in {source.label}"
             )
     return None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,6 +21,8 @@ from mergeme_ext.inspection.kinds import kind_of, kind_order, layer_of
 from mergeme_ext.inspection.spectra import METHOD, PASSES, Spectrum, row_ranges, spectrum_of
 from mergeme_ext.io import CheckpointSource
 from mergeme_ext.io.operands import Operand
+from mergeme_ext.merging.execution import Progress, ProgressFactory, progress_bar
+from mergeme_ext.merging.spec import ModelRef
 
 __all__ = ["Inspection", "StandOut", "TensorFigures", "inspect_models"]
 
@@ -29,16 +31,6 @@ CHUNK_ELEMENTS = 16 * BLOCK
 TASK_ELEMENTS = 16 * CHUNK_ELEMENTS
 # Robust standard deviations from the median at which a layer stands out.
 FAR = 3.5
-
-
-class Progress(Protocol):
-    """What shows progress: tqdm's bars do."""
-
-    def update(self, n: int) -> Any:
-        """Take note of ``n`` more bytes read."""
-
-    def close(self) -> Any:
-        """End the display."""
 
 
 @dataclass(frozen=True)
@@ -210,17 +202,17 @@ def _far_ones(
 
 
 def inspect_models(
-    models: Sequence[str | Path],
-    base: str | Path | None = None,
+    models: Sequence[ModelRef | str | Path],
+    base: ModelRef | str | Path | None = None,
     *,
     samples: int = 3,
     seed: int = 0,
-    progress: Callable[[int], Progress] | None = None,
+    progress: ProgressFactory | None = None,
 ) -> Inspection:
     """Compare ``models`` with ``base`` and with each other, tensor by tensor.
 
     Args:
-        models: Checkpoint folders.
+        models: Checkpoint folders, or references to folders with an adapter.
         base: The checkpoint they were fine-tuned from. Without it the weights themselves are
             compared, which says less: fine-tuned models are near each other anyway.
         samples: Matrices of each module kind whose spectra are taken; 0 for none.
@@ -238,21 +230,22 @@ def inspect_models(
     """
     if samples < 0:
         raise ValueError(f"expected samples of at least 0, got {samples}")
-    aligned = align(models, base)
+    refs = [ModelRef.of(model) for model in models]
+    base_ref = None if base is None else ModelRef.of(base)
+    aligned = align(refs, base_ref)
     chosen = _sample(aligned, samples, seed)
     total = sum(_nbytes(aligned.sources, name) for name in aligned.names)
     total += sum(_nbytes(_with_base(aligned, m), name) * PASSES for name, m in chosen)
-    bar = None if progress is None else progress(total)
-    try:
-        with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-            tensors = _sweep(aligned, pool, bar)
-            spectra = _spectra(aligned, chosen, seed, pool, bar)
-    finally:
-        if bar is not None:
-            bar.close()
+    with (
+        progress_bar(progress, total) as bar,
+        _one_thread_each() as threads,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        tensors = _sweep(aligned, pool, bar)
+        spectra = _spectra(aligned, chosen, seed, pool, bar)
     return Inspection(
-        base=None if base is None else labels_of([base])[0],
-        models=tuple(labels_of(models)),
+        base=None if base_ref is None else base_ref.name,
+        models=tuple(labels_of(refs)),
         samples=samples,
         seed=seed,
         tensors=tuple(tensors),
@@ -262,10 +255,10 @@ def inspect_models(
 
 
 def _nbytes(sources: Sequence[CheckpointSource], name: str) -> int:
-    return sum(source.info(name).nbytes for source in sources)
+    return sum(source.bytes_to_read(name) for source in sources)
 
 
-def _sweep(aligned: Aligned, pool: ThreadPoolExecutor, bar: Progress | None) -> list[TensorFigures]:
+def _sweep(aligned: Aligned, pool: ThreadPoolExecutor, bar: Progress) -> list[TensorFigures]:
     """Return the figures of every tensor; the pool's threads take parts of it."""
     out = []
     for position, name in enumerate(aligned.names):
@@ -280,8 +273,7 @@ def _sweep(aligned: Aligned, pool: ThreadPoolExecutor, bar: Progress | None) -> 
             operand.release()
         shape = operands[0].shape
         out.append(TensorFigures(name, kind_of(name), layer_of(name), shape, figures))
-        if bar is not None:
-            bar.update(_nbytes(aligned.sources, name))
+        bar.update(_nbytes(aligned.sources, name))
     return out
 
 
@@ -332,7 +324,7 @@ def _spectra(
     chosen: Sequence[tuple[str, int]],
     seed: int,
     pool: ThreadPoolExecutor,
-    bar: Progress | None,
+    bar: Progress,
 ) -> list[Spectrum]:
     """Return the spectra of ``chosen``; each is the work of one thread."""
 
@@ -349,8 +341,7 @@ def _spectra(
             seed=seed,
             chunk_elements=CHUNK_ELEMENTS,
         )
-        if bar is not None:
-            bar.update(_nbytes(sources, name) * PASSES)
+        bar.update(_nbytes(sources, name) * PASSES)
         return spectrum
 
     return list(pool.map(one, chosen))

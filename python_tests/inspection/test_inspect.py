@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mergeme_ext.inspection import inspect as module
 from mergeme_ext.inspection import inspect_models
 from mergeme_ext.inspection.alignment import labels_of
 from mergeme_ext.io import CheckpointError
+from mergeme_ext.merging.spec import ModelRef
 from python_tests.support.checkpoints import llama_tensors, save
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -159,8 +161,7 @@ def change(tensors, name, value):
             r"/a has no tensor 'model\.layers\.1\.self_attn\.q_proj\.weight', which .*/base",
         ),
         (torch.zeros(3, 4), {}, r"is \[16, 16\] in .*base but \[3, 4\] in .*/a"),
-        (torch.zeros(16, 16).to(torch.float8_e4m3fn), {}, r"/a is quantised \(tensor"),
-        (torch.zeros(16, 16), {"quantization_config": {}}, r"quantised \(its config"),
+        (torch.zeros(16, 16), {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         (torch.zeros(16, 16), {"model_type": "qwen2"}, r"/a is a qwen2 model, .*/base a llama"),
     ],
 )
@@ -168,6 +169,37 @@ def test_models_that_do_not_fit(models, value, config, message):
     save(models / "a", change(llama_tensors(1), QUERY, value), config)
     with pytest.raises(CheckpointError, match=message):
         inspect(models)
+
+
+def test_fp8_weights_are_dequantised(models):
+    wide = llama_tensors(1)
+    codes, scale = (wide[QUERY] * 64).to(torch.float8_e4m3fn), torch.tensor(1 / 64)
+    tensors = wide | {QUERY: codes, f"{QUERY}_scale_inv": scale.view(1, 1)}
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    save(models / "b", wide | {QUERY: codes.float() / 64})
+    save(models / "a", tensors, config)
+    figures = {t.name: t.figures for t in inspect(models).tensors}
+    assert figures[QUERY].cosine == pytest.approx((1,)) and len(figures) == len(wide)
+
+
+def test_adapters_are_applied(models):
+    from safetensors.torch import save_file
+
+    a, b = torch.randn(2, 16), torch.randn(16, 2)
+    at = "base_model.model." + QUERY.removesuffix(".weight")
+    (models / "lora").mkdir()
+    save_file(
+        {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b},
+        models / "lora" / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (models / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    found = inspect_models([ModelRef(models / "base", models / "lora")], models / "base")
+    assert found.models == ("base+lora",)
+    figures = {t.name: t.figures for t in found.tensors}
+    assert figures[QUERY].l2[0] == pytest.approx(float((2 * b @ a).norm()), rel=1e-4)
+    assert sum(f.changed[0] for n, f in figures.items() if n != QUERY) == 0
+    assert max(s.stable_rank for s in found.spectra if not math.isnan(s.stable_rank)) < 2
 
 
 def test_too_little_to_compare(models):
@@ -182,7 +214,8 @@ def test_too_little_to_compare(models):
 
 
 def test_labels():
-    assert labels_of(["x/a", "y/a", "y/models--o--m/snapshots/1", "z/a"]) == [
+    paths = ["x/a", "y/a", "y/models--o--m/snapshots/1", "z/a"]
+    assert labels_of([ModelRef(Path(p)) for p in paths]) == [
         "a",
         "a (2)",
         "o/m",
