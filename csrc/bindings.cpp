@@ -2,6 +2,7 @@
 // ops.
 #include <pybind11/pybind11.h>
 
+#include "csrc/common/bus_error.h"
 #include "csrc/common/cpu_features.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -17,4 +18,5 @@ PYBIND11_MODULE(_C, m) {
     info["cpu_chosen"] = mergeme::chosen_isa_name();
     return info;
   });
+  m.def("report_bus_errors", mergeme::report_bus_errors, pybind11::arg("exit_code"));
 }

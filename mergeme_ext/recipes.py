@@ -2,15 +2,17 @@
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["RecipeError", "Section", "as_number", "load_recipe"]
+__all__ = ["RecipeError", "Section", "as_number", "load_recipe", "load_recipes", "nearest"]
 
 _REQUIRED: Any = object()
+_MERGE_KEY = "tag:yaml.org,2002:merge"
 
 
 class RecipeError(ValueError):
@@ -21,12 +23,24 @@ def load_recipe(path: str | Path) -> "Section":
     """Return the mapping at the top of the YAML file at ``path``.
 
     Raises:
-        RecipeError: The file is missing, is not YAML, or holds no mapping.
+        RecipeError: The file is missing, is not YAML, or holds no mapping, or several documents.
+    """
+    first, *more = load_recipes(path)
+    if more:
+        raise more[0].error("expected one document, got another; they are parted by ---")
+    return first
+
+
+def load_recipes(path: str | Path) -> "list[Section]":
+    """Return the mapping of each document of the YAML file at ``path``.
+
+    Raises:
+        RecipeError: The file is missing, is not YAML, or a document holds no mapping.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -36,12 +50,18 @@ def load_recipe(path: str | Path) -> "Section":
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
-    if node is None:
+    nodes = [node for node in nodes if node is not None and not _is_nothing(node)]
+    if not nodes:
         raise RecipeError(f"{path}:1: the recipe is empty")
-    return Section(path, node, "")
+    return [Section(path, node, "") for node in nodes]
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def _is_nothing(node: yaml.Node) -> bool:
+    """Whether it is what stands between ``---`` and the next one, or the end: nothing."""
+    return isinstance(node, yaml.ScalarNode) and node.value == ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" with the nearest of ``known``, or else all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -64,12 +84,25 @@ class Section:
         self._nodes: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         if not isinstance(node, yaml.MappingNode):
             raise self.error(f"expected {where or 'the recipe'} to be a mapping, got {_kind(node)}")
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise self._error_at(key, f"expected a word as key{self._in()}, got {_kind(key)}")
+            if key.tag == _MERGE_KEY:
+                merged = self._merged(value) | merged
+                continue
             if key.value in self._nodes:
                 raise self._error_at(key, f"key {key.value!r} appears twice{self._in()}")
             self._nodes[key.value] = (key, value)
+        self._nodes = merged | self._nodes
+
+    def _merged(self, node: yaml.Node) -> "dict[str, tuple[yaml.Node, yaml.Node]]":
+        """Return what ``<<: *name`` brings in; of several mappings the first goes first."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        out: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for part in parts:
+            out = Section(self.file, part, f"{self.where}.<<".lstrip("."))._nodes | out
+        return out
 
     def __contains__(self, key: object) -> bool:
         return key in self._nodes
@@ -117,7 +150,7 @@ class Section:
                 continue
             if refused and key in refused:
                 raise self.error(f"key {key!r}{self._in()}: {refused[key]}", key)
-            raise self.error(f"unknown key {key!r}{self._in()}{_did_you_mean(key, known)}", key)
+            raise self.error(f"unknown key {key!r}{self._in()}{nearest(key, known)}", key)
 
     def value(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return the value of ``key`` as plain Python: text, numbers, lists, dicts, None."""
@@ -137,6 +170,32 @@ class Section:
         shown = repr(got) if len(repr(got)) <= 60 else repr(got)[:57] + "..."
         return self.error(f"expected {self.path_of(key)} to be {requirement}, got {shown}", key)
 
+    def error_inside(
+        self, key: str, place: Sequence[int | str], before: str, after: str
+    ) -> RecipeError:
+        """Return (raise it yourself) an error at a part of ``key``'s value.
+
+        Args:
+            key: Of this section.
+            place: The way from the value to the part: positions in lists, keys of mappings.
+            before: What to say before the part's name.
+            after: What to say after it.
+        """
+        node, name = self._nodes[key][1], self.path_of(key)
+        line = self._nodes[key][0]  # text values may begin on a later line than their key
+        for step in place:
+            name += f"[{step}]" if isinstance(step, int) else f".{step}"
+            if isinstance(step, int):
+                node = node.value[step]
+            else:
+                node = next(value for word, value in node.value if word.value == step)
+            line = node
+        return self._error_at(line, f"{before} {name}{after}")
+
+    def holds_mapping(self, key: str) -> bool:
+        """Whether the value of ``key`` is a mapping."""
+        return key in self._nodes and isinstance(self._nodes[key][1], yaml.MappingNode)
+
     def text(
         self, key: str, default: Any = _REQUIRED, *, choices: Sequence[str] | None = None
     ) -> Any:
@@ -146,7 +205,7 @@ class Section:
             return value
         if choices is not None and value not in choices:
             if isinstance(value, str):
-                hint = _did_you_mean(value, choices)
+                hint = nearest(value, choices)
                 raise self.error(f"unknown {self.path_of(key)} {value!r}{hint}", key)
             raise self.expect(key, f"one of {', '.join(choices)}", value)
         if not isinstance(value, str) or not value:
@@ -223,10 +282,16 @@ class Section:
             for i, item in enumerate(node.value)
         ]
 
-    def folder(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Return an existing folder's path.
+    def find_folder(self, written: str) -> Path | None:
+        """Return the folder called ``written``; None if there is none.
 
         A relative path is looked up from the recipe's folder, then from the current one.
+        """
+        path = Path(written).expanduser()
+        return next((p for p in (self.file.parent / path, path) if os.path.isdir(p)), None)
+
+    def folder(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Return an existing folder's path; see ``find_folder``.
 
         Raises:
             RecipeError: There is no such folder.
@@ -234,10 +299,8 @@ class Section:
         value = self.text(key, default)
         if key not in self._nodes:
             return value
-        written = Path(value).expanduser()
-        for candidate in (self.file.parent / written, written):
-            if candidate.is_dir():
-                return candidate
+        if (found := self.find_folder(value)) is not None:
+            return found
         raise self.error(
             f"{self.path_of(key)}: found no folder {value!r}, neither from the recipe's folder nor "
             "from here; models are local folders, download one from the hub first",

@@ -23,9 +23,9 @@ inline void check_models(const char* op, const char* name, const at::Tensor& fir
 }
 
 inline void check_selection(const char* op, const at::Tensor& selection, int64_t num_models,
-                            at::Device device) {
+                            int64_t width, at::Device device) {
   check_dtype(op, "selection", selection, at::kDouble);
-  check_sizes(op, "selection", selection, {num_models, 2});
+  check_sizes(op, "selection", selection, {num_models, width});
   check_device(op, "selection", selection, device);
 }
 
@@ -33,7 +33,8 @@ inline Mask mask_of(const char* op, std::string_view name) {
   if (name == "all") return Mask::kAll;
   if (name == "magnitude") return Mask::kMagnitude;
   if (name == "random") return Mask::kRandom;
-  TORCH_CHECK_VALUE(false, op, ": expected mask to be all, magnitude or random, got ", name);
+  if (name == "band") return Mask::kBand;
+  TORCH_CHECK_VALUE(false, op, ": expected mask to be all, magnitude, random or band, got ", name);
 }
 
 // The CPU's check of a random mask's [M, 2] selection; on the device a kernel asserts the same.
@@ -99,8 +100,8 @@ std::vector<Term<Acc>> make_terms(const HostModels& models, int64_t num_models, 
   std::vector<Term<Acc>> terms;
   for (int64_t m = 0; m < num_models; ++m)
     terms.push_back(make_term<Acc>(models.pointers()[m], weights ? weights[m] : 1.0,
-                                   scales ? scales[m] : 1.0, mask, selection[2 * m],
-                                   selection[2 * m + 1]));
+                                   scales ? scales[m] : 1.0, mask,
+                                   selection + m * selection_width(mask)));
   return terms;
 }
 

@@ -11,8 +11,8 @@ import torch
 
 from mergeme_ext.io import dtype_name, portable_name
 from mergeme_ext.merging import registry
+from mergeme_ext.merging.recipe import read_dtype, read_method, read_parameters
 from mergeme_ext.merging.registry import MergeMethod
-from mergeme_ext.merging.spec import read_dtype, read_method, read_parameters
 from mergeme_ext.recipes import Section, load_recipe
 
 __all__ = ["ExpertSpec", "MergeChoice", "MoESpec", "load_moe_spec"]
@@ -267,7 +267,7 @@ def _read_merge(section: Section, values: Mapping[str, Any]) -> MergeChoice:
     count = len(models.merged_models())
     if count == 0:
         raise section.error(f"{method.name} needs an expert besides the base", "method")
-    return MergeChoice(method.name, read_parameters(section, method, [None] * count))
+    return MergeChoice(method.name, read_parameters(section, method, count))
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -22,14 +22,17 @@ from mergeme_ext.assembly.router_init import (
     rows_from_means,
 )
 from mergeme_ext.io import CheckpointSink, TensorInfo, copy_companions, dtype_name, names
+from mergeme_ext.io.operands import Stored
 from mergeme_ext.merging.card import CONFIG_NAME
 from mergeme_ext.merging.engine import (
-    CHUNK_ELEMENTS,
-    Progress,
-    ProgressFactory,
     check_output,
-    merge_tensor,
-    progress_bar,
+    write_checkpoint,
+)
+from mergeme_ext.merging.execution import (
+    Execution,
+    PlannedTensor,
+    ProgressFactory,
+    of_one_dtype,
 )
 from mergeme_ext.merging.registry import MergeMethod
 
@@ -40,7 +43,7 @@ CONDITION_LIMIT = 5.0  # above it prompts are so alike that routing is close to 
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
+class MoETensor:
     """One tensor of the result and what it is made of.
 
     Attributes:
@@ -76,7 +79,7 @@ class MoEPlan:
     merged: Sequence[Model]
     method: MergeMethod
     parameters: Mapping[str, Any]
-    tensors: Sequence[PlannedTensor]
+    tensors: Sequence[MoETensor]
 
     @property
     def total_bytes(self) -> int:
@@ -98,71 +101,60 @@ class MoEPlan:
         self,
         out: str | Path,
         *,
-        chunk_elements: int = CHUNK_ELEMENTS,
+        execution: Execution | None = None,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         progress: ProgressFactory | None = None,
     ) -> None:
         """Write the result; see ``build_moe``."""
-        inputs = [model.source for model in (self.base, *self.experts)]
-        check_output(out, inputs, chunk_elements)
-        infos = [tensor.info for tensor in self.tensors]
-        planned = CheckpointSink(out, infos, max_shard_size=max_shard_size, overwrite=overwrite)
+        check_output(out, [model.source.path for model in (self.base, *self.experts)])
         rows = router_rows(self.spec, self.base, self.experts)
-        with planned as sink:
-            sink.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
-            copy_companions(self.base.source, sink)
-            recipe = recipe_text(self.spec)
-            sink.write_text(CONFIG_NAME, recipe)
-            sink.write_text("README.md", model_card(self.spec, recipe))
-            with progress_bar(progress, self.total_bytes) as bar:
-                for tensor in self.tensors:
-                    self._write(sink, tensor, rows, chunk_elements, bar)
+        write_checkpoint(
+            out,
+            [self._planned(tensor, rows) for tensor in self.tensors],
+            self.method,
+            execution or Execution(),
+            finish=self._write_companions,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
-    def _write(
-        self,
-        sink: CheckpointSink,
-        tensor: PlannedTensor,
-        rows: Sequence[Tensor],
-        chunk_elements: int,
-        bar: Progress,
-    ) -> None:
+    def _write_companions(self, sink: CheckpointSink) -> None:
+        sink.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
+        copy_companions(self.base.source, sink)
+        recipe = recipe_text(self.spec)
+        sink.write_text(CONFIG_NAME, recipe)
+        sink.write_text("README.md", model_card(self.spec, recipe))
+
+    def _planned(self, tensor: MoETensor, rows: Sequence[Tensor]) -> PlannedTensor:
         info = tensor.info
         if tensor.layer is not None:
-            sink.write(info.name, rows[tensor.layer].to(info.dtype))
-            bar.update(info.nbytes)
+            models, operands = [], [Stored(rows[tensor.layer])]
         elif tensor.expert is not None:
-            source = self.experts[tensor.expert].source
-            flat = source.tensor(tensor.origin).view(-1)
-            for start in range(0, info.numel, chunk_elements):
-                chunk = flat[start : start + chunk_elements].to(info.dtype)
-                sink.write_at(info.name, start, chunk)
-                bar.update(chunk.nbytes)
-            source.release(tensor.origin)
+            models = [self.experts[tensor.expert]]
         else:
-            base, *tensors = (
-                model.source.tensor(tensor.origin) for model in (self.base, *self.merged)
-            )
-            merge_tensor(
-                sink,
-                info.name,
-                self.method,
-                base if self.method.needs_base else None,
-                tensors,
-                self.parameters,
-                dtype=info.dtype,
-                chunk_elements=chunk_elements,
-                progress=bar,
-            )
-            for model in (self.base, *self.merged):
-                model.source.release(tensor.origin)
+            models = [*([self.base] if self.method.takes_base else []), *self.merged]
+        if models:
+            operands = of_one_dtype([m.source.operand(tensor.origin) for m in models])
+        is_merged = tensor.layer is None and tensor.expert is None
+        return PlannedTensor(
+            name=info.name,
+            tensor_name=tensor.origin or info.name,
+            dtype=info.dtype,
+            shape=info.shape,
+            base=operands.pop(0) if is_merged and self.method.takes_base else None,
+            models=operands,
+            labels=[str(m.source.path) for m in models] or ["the router rows"],
+            parameters=self.parameters if is_merged else None,
+        )
 
 
 def build_moe(
     recipe: str | Path | MoESpec,
     out: str | Path,
     *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    execution: Execution | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: ProgressFactory | None = None,
@@ -174,7 +166,7 @@ def build_moe(
     Args:
         recipe: A YAML file's path, or an ``MoESpec``.
         out: Target folder.
-        chunk_elements: Elements merged or copied at a time; bounds the memory, changes no bit.
+        execution: Threads, memory, chunk; none of it changes a bit.
         max_shard_size: Bytes of data in one file, as a number or as ``5GB``.
         overwrite: Replace an existing checkpoint folder.
         progress: Called with the number of bytes to come; returns an object with ``update(n)``
@@ -204,7 +196,7 @@ def build_moe(
     plan = plan_moe(spec)
     plan.run(
         out,
-        chunk_elements=chunk_elements,
+        execution=execution,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         progress=progress,
@@ -229,22 +221,22 @@ def plan_moe(spec: MoESpec) -> MoEPlan:
     return MoEPlan(spec, base, experts, merged, method, parameters, tensors)
 
 
-def plan_tensors(spec: MoESpec, base: Model, num_experts: int) -> list[PlannedTensor]:
+def plan_tensors(spec: MoESpec, base: Model, num_experts: int) -> list[MoETensor]:
     """Return the tensors of the result in the order in which they are written."""
     tensors = []
     for name, shape in names.dense_shapes(base.config).items():
         dtype = spec.dtype or base.source.info(name).dtype
         part = names.part_of(name)
         if part.kind is not names.PartKind.FFN:
-            tensors.append(PlannedTensor(TensorInfo(name, dtype, shape), name))
+            tensors.append(MoETensor(TensorInfo(name, dtype, shape), name))
             continue
         if part.role == FFN_ROLES[0]:
             router = names.mixtral_router_name(part.layer)
             rows = TensorInfo(router, dtype, (num_experts, base.config["hidden_size"]))
-            tensors.append(PlannedTensor(rows, layer=part.layer))
+            tensors.append(MoETensor(rows, layer=part.layer))
         for e in range(num_experts):
             target = names.mixtral_expert_name(part.layer, e, part.role)
-            tensors.append(PlannedTensor(TensorInfo(target, dtype, shape), name, e))
+            tensors.append(MoETensor(TensorInfo(target, dtype, shape), name, e))
     return tensors
 
 

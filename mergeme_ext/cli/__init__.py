@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from mergeme_ext._load import _C
 from mergeme_ext._version import __version__
 
 __all__ = ["main"]
@@ -45,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
+    _C.report_bus_errors(exit_code=USER_ERROR)
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print(f"mergeme {args.command}: stopped; nothing was written", file=sys.stderr)
+        what = getattr(args, "when_stopped", "nothing was written")
+        print(f"mergeme {args.command}: stopped; {what}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, NotImplementedError, ImportError) as error:
         if args.traceback:

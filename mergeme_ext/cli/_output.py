@@ -1,20 +1,17 @@
 """What the commands that follow a recipe and write a checkpoint share."""
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from mergeme_ext.assembly import MoEPlan
-from mergeme_ext.merging import MergePlan
-from mergeme_ext.merging.engine import CHUNK_ELEMENTS
+from mergeme_ext.io import parse_size
+from mergeme_ext.merging.execution import Execution
 
-__all__ = ["add_output_arguments", "carry_out", "set_threads"]
+__all__ = ["add_execution_arguments", "add_output_arguments", "byte_bar", "execution_of"]
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,71 +19,60 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the YAML recipe")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make for the result")
     parser.add_argument(
+        "--force",
         "--overwrite",
         action="store_true",
         help="replace OUT if it is a checkpoint already; the old one stays until the new is whole",
     )
     parser.add_argument(
         "--max-shard-size",
+        "--out-shard-size",
         default="5GB",
         metavar="SIZE",
         help="split the weights into files of at most this size (default: %(default)s)",
     )
     parser.add_argument(
-        "--chunk-elements",
-        type=int,
-        default=CHUNK_ELEMENTS,
-        metavar="N",
-        help="weights merged at a time; lower it to save memory, the result stays the same "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads to use (default: torch's choice)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be written, stop"
+        "--dry-run", action="store_true", help="check everything, say what would be done, stop"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
-def set_threads(args: argparse.Namespace) -> None:
-    """Obey ``--threads``.
+def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that change how the work is done, but no bit of the result."""
+    parser.add_argument(
+        "--threads",
+        "-j",
+        "--num-threads",
+        type=int,
+        metavar="N",
+        help="CPU threads to use (default: torch's choice)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        default="1GiB",
+        metavar="SIZE",
+        help="memory for tensors at most, whatever their size (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunk-elements",
+        type=int,
+        metavar="N",
+        help="weights merged at a time (default: what fits the cache and the memory)",
+    )
+
+
+def execution_of(args: argparse.Namespace, **rest: Any) -> Execution:
+    """Return what ``add_execution_arguments``' arguments ask for.
 
     Raises:
-        ValueError: It is below 1.
+        ValueError: A number or size makes no sense.
     """
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"expected --threads of at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-
-
-def carry_out(
-    plan: MergePlan | MoEPlan, args: argparse.Namespace, *, label: str, would: str, contents: str
-) -> None:
-    """Write what ``plan`` holds and say so; with ``--dry-run``, say what it would be.
-
-    Args:
-        plan: Its inputs are checked.
-        args: Hold what ``add_output_arguments`` asks for.
-        label: Stands before the progress bar.
-        would: Ends in what ``contents`` completes, such as "ties would write".
-        contents: Number of tensors and bytes.
-    """
-    if args.dry_run:
-        if not args.quiet:
-            print(f"{args.recipe}: all inputs fit; {would} {contents}")
-        return
-    begin = time.perf_counter()
-    plan.run(
-        args.out,
+    return Execution(
+        threads=args.threads,
+        max_memory=parse_size(args.max_memory),
         chunk_elements=args.chunk_elements,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-        progress=byte_bar(label, quiet=args.quiet),
+        **rest,
     )
-    if not args.quiet:
-        print(f"{os.fspath(args.out)}: {contents} in {time.perf_counter() - begin:.1f} s")
 
 
 def byte_bar(label: str, *, quiet: bool) -> Callable[[int], tqdm]:

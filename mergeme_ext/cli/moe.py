@@ -29,11 +29,18 @@ all models are known to fit. OUT appears when it is complete, or not at all.
 """
 
 import argparse
+import os
 import sys
+import time
 import warnings
 
 from mergeme_ext.assembly import load_moe_spec, plan_moe
-from mergeme_ext.cli._output import add_output_arguments, carry_out, set_threads
+from mergeme_ext.cli._output import (
+    add_execution_arguments,
+    add_output_arguments,
+    byte_bar,
+    execution_of,
+)
 from mergeme_ext.io import format_size
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -44,6 +51,7 @@ HELP = "build a Mixture-of-Experts model (Mixtral) of fine-tuned models"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments to ``parser``."""
     add_output_arguments(parser)
+    add_execution_arguments(parser)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -52,14 +60,27 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    set_threads(args)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
+    execution = execution_of(args)
     plan = plan_moe(load_moe_spec(args.recipe))
     size = format_size(plan.total_bytes)
     contents = f"{len(plan.experts)} experts, {len(plan.tensors)} tensors, {size}"
-    carry_out(plan, args, label="moe", would="the model would have", contents=contents)
+    if args.dry_run:
+        if not args.quiet:
+            print(f"{args.recipe}: all inputs fit; the model would have {contents}")
+        return
+    begin = time.perf_counter()
+    plan.run(
+        args.out,
+        execution=execution,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.force,
+        progress=byte_bar("moe", quiet=args.quiet),
+    )
+    if not args.quiet:
+        print(f"{os.fspath(args.out)}: {contents} in {time.perf_counter() - begin:.1f} s")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ COMPANIONS = (
 )
 
 
-def copy_companions(source: CheckpointSource, sink: CheckpointSink) -> list[str]:
+def copy_companions(
+    source: CheckpointSource, sink: CheckpointSink, *, skip: Collection[str] = ()
+) -> list[str]:
     """Copy what belongs to a model besides weights and ``config.json``; return the names.
 
-    Python files come along if ``config.json`` refers to them (``auto_map``); nothing runs them.
+    Files named in ``skip`` stay behind. Python files come along if ``config.json`` refers to them
+    (``auto_map``); nothing runs them.
     """
     wanted = [source.path / name for name in COMPANIONS]
     wanted += sorted((source.path / TEMPLATES).glob("*.jinja"))
@@ -42,7 +46,7 @@ def copy_companions(source: CheckpointSource, sink: CheckpointSink) -> list[str]
         wanted += sorted(source.path.glob("*.py"))
     names = []
     for path in wanted:
-        if path.is_file():
+        if path.is_file() and path.name not in skip:
             names.append(path.relative_to(source.path).as_posix())
             sink.copy_file(path, names[-1])
     return names

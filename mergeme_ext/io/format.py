@@ -28,6 +28,10 @@ __all__ = [
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+# More dimensions, or sizes that overflow 64 bits, no library can hold; multiplying a header's worth
+# of such sizes out would take hours.
+_MAX_DIMENSIONS = 64
+_MAX_ELEMENTS = 2**63
 
 DTYPES = {
     "F64": torch.float64,
@@ -84,12 +88,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parse_size(size: int | str) -> int:
-    """Return ``size`` in bytes; ``5GB``, ``500MB`` and ``10KB`` are decimal, as on the Hub.
+    """Return ``size`` in bytes; ``5GB`` and ``500MB`` are decimal, as on the Hub, ``1GiB`` is not.
 
     Raises:
         ValueError: The text is not a positive number with such a unit.
     """
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    binary = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    units = binary | {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
     text = str(size).strip().upper()
     unit = next((u for u in units if text.endswith(u)), "")
     try:
@@ -146,11 +151,13 @@ def load_json_object(text: bytes, what: str) -> dict[str, Any]:
 
 
 def _natural(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _read_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, tuple, int, int]:
     what = f"{path}: tensor {name!r}"
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise CheckpointError(f"{what}: expected a name that is text, got half a character in it")
     if not isinstance(entry, dict):
         raise CheckpointError(f"{what}: expected an object in the header, got {entry!r:.60}")
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -162,6 +169,8 @@ def _read_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, tupl
         raise CheckpointError(f"{what}: unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not (isinstance(shape, list) and all(map(_natural, shape))):
         raise CheckpointError(f"{what}: expected shape as a list of sizes, got {shape!r:.60}")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) >= _MAX_ELEMENTS:
+        raise CheckpointError(f"{what}: expected fewer or smaller dimensions, got {shape!r:.60}")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_natural, offsets))):
         raise CheckpointError(f"{what}: expected data_offsets [begin, end], got {offsets!r:.60}")
     begin, end = offsets

@@ -1,7 +1,7 @@
 """Which tensor plays which part, per architecture; the only place that holds such names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -9,12 +9,17 @@ from typing import Any
 __all__ = [
     "EMBEDDING",
     "HEAD",
+    "LAYER_WORDS",
+    "MODULES",
     "Part",
     "PartKind",
     "dense_shapes",
     "ffn_name",
+    "is_before_layers",
+    "is_rotary_table",
     "mixtral_expert_name",
     "mixtral_router_name",
+    "module_of",
     "part_of",
     "supported",
 ]
@@ -23,6 +28,68 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Decoders whose tensors are named as below; Mistral differs from LLaMA only in its config.
 MODEL_TYPES = ("llama", "mistral")
+
+
+# Parts of models that recipes may merge each in its own way, and how their tensors' names begin.
+MODULES = {
+    "text_decoder": (
+        "language_model.",
+        "model.language_model.",
+        "model.layers.",
+        "model.embed_tokens.",
+        "model.norm.",
+        "lm_head.",
+    ),
+    "vision_tower": (
+        "vision_tower.",
+        "model.vision_tower.",
+        "vision_model.",
+        "model.vision_model.",
+        "visual.",
+        "model.visual.",
+    ),
+    "multi_modal_projector": (
+        "multi_modal_projector.",
+        "model.multi_modal_projector.",
+        "mm_projector.",
+        "model.mm_projector.",
+        "connector.",
+        "model.connector.",
+        "visual.merger.",
+        "model.visual.merger.",
+    ),
+    "audio_tower": ("audio_tower.", "model.audio_tower."),
+    "encoder": ("encoder.", "model.encoder."),
+    "decoder": ("decoder.", "model.decoder."),
+}
+# What stacks of layers are called: the word before the layer's number.
+LAYER_WORDS = ("layers", "layer", "h", "block", "blocks", "resblocks", "encoder_layers")
+_BEFORE_LAYERS = re.compile(
+    r"(^|\.)(embed|embedding|embeddings|embed_tokens\w*|embed_in|embed_positions|emb_norm|shared|"
+    r"tok_embeddings|token_embd|wte|wpe|word_embeddings\w*)\."
+)
+_ROTARY_TABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+def module_of(name: str, modules: Iterable[str] = MODULES) -> str | None:
+    """Return which of ``modules`` tensor ``name`` belongs to; None if to none of them."""
+    fitting = [
+        (len(start), module)
+        for module in modules
+        for start in MODULES.get(module, ())
+        if name.startswith(start)
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside the layers is used before them, as embeddings are."""
+    return _BEFORE_LAYERS.search(name) is not None
+
+
+def is_rotary_table(name: str) -> bool:
+    """Whether ``name`` is a table that the configuration determines; old files hold them."""
+    return _ROTARY_TABLE.search(name) is not None
 
 
 class PartKind(Enum):

@@ -10,7 +10,9 @@ import shutil
 import signal
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +28,7 @@ from mergeme_ext.io.format import (
     format_size,
     parse_size,
 )
+from mergeme_ext.io.journal import Chunk, Journal, read_journal
 from mergeme_ext.io.source import INDEX, SINGLE
 
 __all__ = ["CheckpointSink"]
@@ -34,6 +37,8 @@ __all__ = ["CheckpointSink"]
 _SPARE_BYTES = 32 * 2**20
 # The only subfolder that a checkpoint has; one with others is never overwritten.
 TEMPLATES = "additional_chat_templates"
+_JOURNAL = "mergeme_journal-{}.jsonl"
+_READ_BYTES = 4 * 2**20  # read back at a time when checking
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -89,8 +94,13 @@ class _Coverage:
     def complete(self, numel: int) -> bool:
         return numel == 0 or (self.starts == [0] and self.ends == [numel])
 
-    def first_gap(self) -> int:
-        return self.ends[0] if self.starts and self.starts[0] == 0 else 0
+    def gaps(self, numel: int) -> list[tuple[int, int]]:
+        edges = [0]
+        for start, end in zip(self.starts, self.ends, strict=True):
+            edges += [start, end]
+        edges.append(numel)
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return [(start, end) for start, end in pairs if start < end]
 
 
 class _TerminationAsExit:
@@ -118,8 +128,17 @@ class CheckpointSink:
 
     Entering it makes a hidden folder beside the target, reserves the disk space of every tensor
     and writes all headers. Leaving it without an exception checks that every element was written,
-    makes the data durable and renames the folder to its name. Any exception, Ctrl-C or SIGTERM
-    removes everything that was made.
+    reads everything back and compares checksums, makes the data durable and renames the folder to
+    its name. Any exception, Ctrl-C or SIGTERM removes everything that was made, unless the
+    checkpoint can be continued.
+
+    A checkpoint with a ``fingerprint`` can be continued: what an interrupted process wrote stays
+    in the hidden folder, with a journal of the chunks that are in place, and a later sink with the
+    same fingerprint goes on from there. Only errors in the data (``ValueError``) remove it.
+
+    Several processes, on machines that share the folder, may write one checkpoint: rank 0 enters
+    first and leaves last, and each of the others is given its rank. Who waits for whom is up to
+    the caller.
 
     Args:
         path: Target folder. Missing parents are made.
@@ -128,12 +147,19 @@ class CheckpointSink:
         max_shard_size: Bytes of tensor data in a file at most, as a number or as ``5GB``; a larger
             tensor gets a file of its own.
         metadata: Further text for the headers; ``format: pt`` is always there.
-        overwrite: Replace an existing checkpoint folder, at publication and not before.
+        overwrite: Replace an existing checkpoint folder, at publication and not before; drop what
+            an interrupted process left, unless ``resume``.
+        fingerprint: Says what the contents follow from; equal fingerprints mean equal bytes.
+        resume: Go on with what an interrupted process left, if there is something.
+        rank: Of this process; all but 0 only add chunks.
+        threads: How many read back at the end.
 
     Raises:
-        CheckpointError: Two tensors share a name, or a dtype has no name in the format.
-        FileExistsError: The target exists and may not be replaced.
-        OSError: On entering: the disk has no room.
+        CheckpointError: Two tensors share a name, or a dtype has no name in the format; on
+            entering with ``resume``: what is there has another fingerprint.
+        FileExistsError: The target exists and may not be replaced, or an interrupted checkpoint is
+            there and nothing was said about it.
+        OSError: On entering: the disk has no room, or another process writes the same checkpoint.
     """
 
     def __init__(
@@ -144,10 +170,15 @@ class CheckpointSink:
         max_shard_size: int | str = "5GB",
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        fingerprint: str | None = None,
+        resume: bool = False,
+        rank: int = 0,
+        threads: int = 1,
     ):
         self.path = Path(path)
         self._target = Path(os.path.realpath(self.path))
-        self._overwrite = overwrite
+        self._overwrite, self._resume = overwrite, resume
+        self._fingerprint, self._rank, self._threads = fingerprint, rank, threads
         self._metadata = {**(metadata or {}), "format": "pt"}
         self._tensors: dict[str, TensorInfo] = {}
         for info in map(_as_info, tensors):
@@ -162,18 +193,42 @@ class CheckpointSink:
             else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         )
         self._coverage = {name: _Coverage() for name in self._tensors}
+        self._chunks: list[Chunk] = []
+        self.notes: dict[str, Any] = {}  # by tensor; an interrupted merge keeps them
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
         self._place: dict[str, tuple[int, int]] = {}  # name -> descriptor, byte offset in its file
         self._folder: Path | None = None
+        self._journal: Journal | None = None
         self._made_parents: list[Path] = []
+        self._resumed = False
         self._termination = _TerminationAsExit()
-        self._check_target()
+        if rank == 0:
+            self._check_target()
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(t.nbytes for t in self._tensors.values())
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are in place, by this process or by an interrupted one before it."""
+        sizes = {name: t.dtype.itemsize for name, t in self._tensors.items()}
+        with self._lock:
+            return sum((end - start) * sizes[name] for name, start, end, _ in self._chunks)
+
+    @property
+    def folder(self) -> Path:
+        """The hidden folder, while the sink is open."""
+        if self._folder is None:
+            raise ValueError("the sink is not open: use it in a with statement")
+        return self._folder
+
+    def gaps(self, name: str) -> list[tuple[int, int]]:
+        """Return the stretches of tensor ``name`` that are still to be written, in order."""
+        with self._lock:
+            return self._coverage[name].gaps(self._planned(name).numel)
 
     def _check_target(self) -> None:
         target = self._target
@@ -202,23 +257,132 @@ class CheckpointSink:
     def __enter__(self) -> "CheckpointSink":
         self._termination.__enter__()
         try:
-            self._make_folder()
-            self._check_space()
-            for file, shard in zip(self._files, self._shards, strict=True):
-                self._reserve(file, shard)
+            if self._rank:
+                self._join()
+            elif not self._continue():
+                self._begin()
         except BaseException:
-            self._discard()
-            self._termination.__exit__()
+            self._leave(keep=self._rank > 0 or self._resumed)
             raise
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        wrong_data = kind is not None and issubclass(kind, ValueError)
+        keep = self._rank > 0 or (self._fingerprint is not None and not wrong_data)
         try:
-            if kind is None:
+            if kind is None and self._rank == 0:
                 self._publish()
+        except ValueError:
+            keep = False
+            raise
         finally:
-            self._discard()
-            self._termination.__exit__()
+            self._leave(keep=keep and bool(self._chunks or self._rank))
+
+    def _leave(self, *, keep: bool) -> None:
+        """Close everything; remove the hidden folder, if it is still there, unless ``keep``."""
+        with contextlib.suppress(OSError):
+            self._close_files(durable=False)
+        if self._folder is not None and not keep:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            for folder in reversed(self._made_parents):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        self._folder, self._made_parents = None, []
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._termination.__exit__()
+
+    @property
+    def _partial(self) -> Path:
+        suffix = "" if self._fingerprint is not None else "-" + secrets.token_hex(4)
+        return self._target.with_name(f".{self._target.name}.partial{suffix}")
+
+    def _begin(self) -> None:
+        self._make_folder()
+        if self._fingerprint is not None:
+            self._journal = self._open_journal(self._folder)
+        self._check_space()
+        for file, shard in zip(self._files, self._shards, strict=True):
+            self._reserve(file, shard)
+        if self._journal is not None:
+            self._journal.begin(self._fingerprint)
+
+    def _continue(self) -> bool:
+        """Take up what an interrupted process left; False if there is nothing to take up."""
+        folder = self._partial
+        if self._fingerprint is None or not folder.is_dir():
+            return False
+        fingerprint, chunks, notes = read_journal(folder / _JOURNAL.format(0))
+        journal = self._open_journal(folder)  # refuses if the other process is alive
+        if fingerprint is None or not chunks or (self._overwrite and not self._resume):
+            journal.close()
+            shutil.rmtree(folder)
+            return False
+        if not self._resume:
+            journal.close()
+            raise FileExistsError(
+                errno.EEXIST,
+                "an interrupted merge into it can be continued; resume it, or overwrite it to "
+                "start over",
+                str(self.path),
+            )
+        if fingerprint != self._fingerprint:
+            journal.close()
+            raise CheckpointError(
+                f"{self.path}: cannot resume: the recipe, an input or an option has changed since "
+                "the merge was interrupted; overwrite it to start over"
+            )
+        self._folder, self._journal, self._resumed = folder, journal, True
+        self._open_files()
+        for path in folder.glob(_JOURNAL.format("*")):
+            if path.name != _JOURNAL.format(0):
+                _, more_chunks, more_notes = read_journal(path)
+                chunks, notes = chunks + more_chunks, {**notes, **more_notes}
+        self._take_over(chunks, check=True)
+        self.notes.update(notes)
+        keep = {*self._files, _JOURNAL.format(0)}
+        for path in folder.iterdir():  # what is not a weight is written anew
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        journal.begin(self._fingerprint, self._chunks, self.notes)
+        return True
+
+    def _join(self) -> None:
+        folder = self._partial
+        fingerprint, chunks, _ = read_journal(folder / _JOURNAL.format(0))
+        if self._fingerprint is None or fingerprint != self._fingerprint:
+            raise CheckpointError(f"{self.path}: rank 0 prepared another merge than this process")
+        self._folder = folder
+        self._journal = self._open_journal(folder)
+        self._journal.begin(self._fingerprint)
+        self._open_files()
+        self._take_over(chunks, check=False)
+
+    def _open_journal(self, folder: Path) -> Journal:
+        try:
+            return Journal(folder / _JOURNAL.format(self._rank))
+        except BlockingIOError:
+            raise OSError(
+                errno.EBUSY, "another process is writing this checkpoint", str(self.path)
+            ) from None
+
+    def _take_over(self, chunks: Iterable[Chunk], *, check: bool) -> None:
+        """Count ``chunks`` as written; with ``check``, only those whose bytes are still right."""
+        chunks = [c for c in chunks if c[0] in self._tensors]
+        chunks = [c for c in chunks if 0 <= c[1] < c[2] <= self._tensors[c[0]].numel]
+        right = self._all_right(chunks) if check else [True] * len(chunks)
+        for chunk, whole in zip(chunks, right, strict=True):
+            if whole and self._coverage[chunk[0]].add(chunk[1], chunk[2]):
+                self._chunks.append(chunk)
+
+    def collect(self) -> None:
+        """Rank 0: count what the other ranks have written; call it when they are done."""
+        for path in sorted(self._folder.glob(_JOURNAL.format("*"))):
+            if path.name != _JOURNAL.format(0):
+                _, chunks, notes = read_journal(path)
+                self._take_over(chunks, check=False)
+                self.notes.update(notes)
 
     def _make_folder(self) -> None:
         parent = self._target.parent
@@ -229,9 +393,7 @@ class CheckpointSink:
         for folder in reversed(missing):
             folder.mkdir()
             self._made_parents.append(folder)
-        self._folder = self._target.with_name(
-            f".{self._target.name}.partial-{secrets.token_hex(4)}"
-        )
+        self._folder = self._partial
         self._folder.mkdir()
 
     def _check_space(self) -> None:
@@ -256,7 +418,22 @@ class CheckpointSink:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self._no_room(f"could not reserve {format_size(size)} ({error.strerror})")
             raise
-        position = len(header)
+        self._set_places(descriptor, len(header), shard)
+
+    def _open_files(self) -> None:
+        for file, shard in zip(self._files, self._shards, strict=True):
+            header = encode_header(shard, self._metadata)
+            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+            descriptor = os.open(self._folder / file, flags)
+            self._descriptors.append(descriptor)
+            size = len(header) + sum(t.nbytes for t in shard)
+            if os.fstat(descriptor).st_size != size or os.pread(descriptor, len(header), 0) != (
+                header
+            ):
+                raise CheckpointError(f"{self._folder / file}: not what an earlier run wrote")
+            self._set_places(descriptor, len(header), shard)
+
+    def _set_places(self, descriptor: int, position: int, shard: list[TensorInfo]) -> None:
         for tensor in shard:
             self._place[tensor.name] = (descriptor, position)
             position += tensor.nbytes
@@ -307,6 +484,21 @@ class CheckpointSink:
         descriptor, offset = self._place[name]
         raw = chunk.detach().cpu().contiguous().view(torch.uint8).numpy()
         _write_all(descriptor, raw, offset + start * info.dtype.itemsize)
+        written = (name, start, end, zlib.crc32(raw))
+        with self._lock:
+            self._chunks.append(written)
+        if self._journal is not None:
+            self._journal.add(written)
+
+    def note(self, name: str, note: Any) -> None:
+        """Keep ``note``, which JSON can hold, on tensor ``name`` in ``notes``.
+
+        Like chunks, notes outlive an interruption and reach rank 0 from the other ranks.
+        """
+        with self._lock:
+            self.notes[name] = note
+        if self._journal is not None:
+            self._journal.add_note(name, note)
 
     def _planned(self, name: str) -> TensorInfo:
         if self._folder is None:
@@ -353,12 +545,16 @@ class CheckpointSink:
         for name, covered in self._coverage.items():
             numel = self._tensors[name].numel
             if not covered.complete(numel):
+                first = covered.gaps(numel)[0][0]
                 raise CheckpointError(
-                    f"tensor {name!r}: element {covered.first_gap()} of {numel} was never written"
+                    f"tensor {name!r}: element {first} of {numel} was never written"
                 )
         if len(self._files) > 1:
             self.write_text(INDEX, _index_text(self._files, self._shards))
+        self._read_back()
         self._close_files(durable=True)
+        for path in self._folder.glob(_JOURNAL.format("*")):
+            path.unlink()
         for path in sorted(self._folder.rglob("*")):
             if path.name not in self._files:
                 _sync(path)
@@ -370,13 +566,53 @@ class CheckpointSink:
         self._made_parents = []
         _sync(self._target.parent)
 
+    def _read_back(self) -> None:
+        """Check that the files hold what was written.
+
+        Raises:
+            OSError: They do not: the disk or its driver is at fault.
+        """
+        for file, shard, descriptor in zip(
+            self._files, self._shards, self._descriptors, strict=True
+        ):
+            header = encode_header(shard, self._metadata)
+            if os.pread(descriptor, len(header), 0) != header:
+                raise OSError(errno.EIO, "the header reads back wrong", str(self._folder / file))
+        for (name, start, end, _), right in zip(
+            self._chunks, self._all_right(self._chunks), strict=True
+        ):
+            if not right:
+                raise OSError(
+                    errno.EIO,
+                    f"tensor {name!r}: elements {start} to {end} read back other than written",
+                    str(self.path),
+                )
+
+    def _all_right(self, chunks: list[Chunk]) -> Iterator[bool]:
+        """Say for each of ``chunks`` whether the files hold bytes of its checksum."""
+
+        def right(chunk: Chunk) -> bool:
+            name, start, end, expected = chunk
+            descriptor, offset = self._place[name]
+            itemsize = self._tensors[name].dtype.itemsize
+            position, stop, found = offset + start * itemsize, offset + end * itemsize, 0
+            while position < stop:
+                data = os.pread(descriptor, min(_READ_BYTES, stop - position), position)
+                if not data:
+                    return False
+                found, position = zlib.crc32(data, found), position + len(data)
+            return found == expected
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            yield from pool.map(right, chunks)
+
     @contextlib.contextmanager
     def _old_folder_aside(self):
         """Move a folder to be replaced out of the way; back again if the body fails."""
         if not (self._target.is_dir() and any(self._target.iterdir())):
             yield
             return
-        aside = self._folder.with_name(self._folder.name.replace(".partial-", ".replaced-"))
+        aside = self._target.with_name(f".{self._target.name}.replaced-{secrets.token_hex(4)}")
         os.rename(self._target, aside)
         try:
             yield
@@ -394,17 +630,6 @@ class CheckpointSink:
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-    def _discard(self) -> None:
-        with contextlib.suppress(OSError):
-            self._close_files(durable=False)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-        for folder in reversed(self._made_parents):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        self._made_parents = []
 
 
 def _allocate(descriptor: int, size: int) -> None:

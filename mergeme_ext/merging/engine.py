@@ -1,176 +1,87 @@
-"""Streams checkpoints through a merge method, tensor by tensor and chunk by chunk.
+"""Merging checkpoints: opens and checks what a recipe names, then writes the result as a stream."""
 
-Memory is bounded by the chunk, whatever the size of the tensors: inputs are mapped files and each
-merged chunk goes to its place in the output at once. No bit of the result depends on the chunk.
-"""
-
-import contextlib
+import fnmatch
+import hashlib
 import json
 import os
-import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from mergeme_ext._version import __version__
 from mergeme_ext.io import (
+    AdaptedSource,
     CheckpointError,
     CheckpointSink,
     CheckpointSource,
-    TensorInfo,
-    copy_companions,
     dtype_name,
-    with_dtype,
+    load_json_object,
 )
 from mergeme_ext.io.names import EMBEDDING, HEAD
+from mergeme_ext.io.operands import Cut, Operand, same_values
 from mergeme_ext.merging import registry
-from mergeme_ext.merging.card import CONFIG_NAME, model_card, recipe_text
+from mergeme_ext.merging.companions import write_companions
+from mergeme_ext.merging.execution import (
+    FLOATING,
+    Execution,
+    PlannedTensor,
+    ProgressFactory,
+    merge_all,
+    of_one_dtype,
+    progress_bar,
+)
+from mergeme_ext.merging.layout import Assignment, Layout, lay_out
+from mergeme_ext.merging.ranks import Alone, Ranks
+from mergeme_ext.merging.recipe import load_merge_specs
 from mergeme_ext.merging.registry import MergeMethod
-from mergeme_ext.merging.spec import MergeSpec, load_merge_spec
+from mergeme_ext.merging.report import REPORT_NAME, merge_report
+from mergeme_ext.merging.spec import MergeSpec, ModelRef, ModelToken, TokenRule
 
-__all__ = ["CHUNK_ELEMENTS", "MergePlan", "merge", "merge_chunks", "merge_tensor", "plan_merge"]
+if TYPE_CHECKING:
+    from mergeme_ext import vocabulary
+    from mergeme_ext.vocabulary import Vocabulary
 
-CHUNK_ELEMENTS = 8 * 2**20
-MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = [
+    "Allowances",
+    "MergePlan",
+    "check_output",
+    "merge",
+    "plan_merge",
+    "write_checkpoint",
+]
 
-
-class Progress(Protocol):
-    """What shows progress: tqdm's bars do."""
-
-    def update(self, n: int) -> Any:
-        """Take note of ``n`` more bytes written."""
-
-    def close(self) -> Any:
-        """End the display."""
-
-
-# Called with the number of bytes to come.
-ProgressFactory = Callable[[int], Progress]
+# What the identity of an input folder is taken from.
+_IDENTIFYING = (".safetensors", ".bin", ".json", ".model", ".jinja")
 
 
-class _NoProgress:
-    def update(self, n: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-_NO_PROGRESS = _NoProgress()
-
-
-@contextlib.contextmanager
-def progress_bar(progress: ProgressFactory | None, total_bytes: int) -> Iterator[Progress]:
-    """Give a display of ``total_bytes`` to come, closed at the end; a silent one for None."""
-    bar = _NO_PROGRESS if progress is None else progress(total_bytes)
-    try:
-        yield bar
-    finally:
-        bar.close()
-
-
-def check_output(out: str | Path, inputs: Iterable[CheckpointSource], chunk_elements: int) -> None:
-    """Refuse to write onto an input, or in chunks of nothing.
+def check_output(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse to write onto an input.
 
     Raises:
-        ValueError: ``out`` is one of ``inputs``, or ``chunk_elements`` is below 1.
+        ValueError: ``out`` is one of the folders ``inputs``.
     """
-    if chunk_elements < 1:
-        raise ValueError(f"expected chunk_elements of at least 1, got {chunk_elements}")
-    for source in inputs:
-        if os.path.realpath(out) == os.path.realpath(source.path):
+    for folder in inputs:
+        if os.path.realpath(out) == os.path.realpath(folder):
             raise ValueError(f"{out} is one of the inputs; choose another folder")
 
 
-def merge_chunks(
-    method: MergeMethod,
-    tensor_name: str,
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    parameters: Mapping[str, Any],
-    *,
-    dtype: torch.dtype,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield the merged tensor in chunks: the first element's flat index, and a flat chunk.
-
-    Args:
-        method: From ``registry.get``.
-        tensor_name: Keys the random masks; the base's name for the tensor.
-        base: Pretrained weight; None if the method needs none.
-        tensors: M weights of one shape, each in any floating dtype.
-        parameters: What ``method.bind`` returned.
-        dtype: Of the result.
-        chunk_elements: Elements in a chunk at most. No bit depends on it.
-
-    Arithmetic is float32, or float64 if an input is; inputs of different dtypes are widened
-    first, and the result is rounded once.
-    """
-    every = [*tensors] if base is None else [base, *tensors]
-    common = every[0].dtype
-    for tensor in every:
-        common = torch.promote_types(common, tensor.dtype)
-    every = [t.to(common) for t in every]
-    whole_base, whole = (None, every) if base is None else (every[0], every[1:])
-    # If the dtypes agree the op rounds; else it works in the accumulation type and to() rounds.
-    wide = torch.float64 if common == torch.float64 else torch.float32
-    work = dtype if dtype == common else wide
-    combine = method.prepare(whole_base, whole, parameters, tensor_name=tensor_name)
-    flat_base = None if whole_base is None else whole_base.reshape(-1)
-    inputs = [t.reshape(-1) for t in whole]
-    step = chunk_elements
-    if method.whole_rows:
-        row = max(1, whole[0].shape[-1] if whole[0].dim() else 1)
-        step = max(1, chunk_elements // row) * row
-    for start in range(0, inputs[0].numel(), step):
-        chunk = slice(start, start + step)
-        base_chunk = None if flat_base is None else flat_base[chunk].to(work)
-        yield start, combine(base_chunk, [t[chunk].to(work) for t in inputs], start).to(dtype)
-
-
-def merge_tensor(
-    sink: CheckpointSink,
-    name: str,
-    method: MergeMethod,
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    parameters: Mapping[str, Any],
-    *,
-    dtype: torch.dtype,
-    tensor_name: str | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
-    progress: Progress = _NO_PROGRESS,
-) -> None:
-    """Merge one tensor into the sink's tensor ``name``; see ``merge_chunks``.
-
-    ``tensor_name`` keys the random masks; it is ``name`` unless the tensor is called otherwise in
-    the base.
-    """
-    chunks = merge_chunks(
-        method,
-        name if tensor_name is None else tensor_name,
-        base,
-        tensors,
-        parameters,
-        dtype=dtype,
-        chunk_elements=chunk_elements,
-    )
-    for start, chunk in chunks:
-        sink.write_at(name, start, chunk)
-        progress.update(chunk.nbytes)
-
-
 @dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the result, and what it is called in the base and in each model."""
+class Allowances:
+    """What is refused unless it is asked for.
 
-    info: TensorInfo
-    base_name: str | None
-    model_names: tuple[str, ...]
-    merged: bool  # else copied from the lead
+    Attributes:
+        crimes: Merge models of different kinds (``model_type``).
+        leftovers: Patterns, such as ``*.inv_freq``, of input tensors that may stay out.
+        truncate_embeddings: Cut embeddings and heads of different sizes to the smallest.
+    """
+
+    crimes: bool = False
+    leftovers: Sequence[str] = ()
+    truncate_embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,101 +91,198 @@ class MergePlan:
     Attributes:
         spec: What was asked for.
         method: The method.
-        parameters: Its parameters, bound to the models.
-        lead: The base, or the first model: gives order, configuration and companion files.
-        base: The base, if there is one.
-        models: The models to merge.
-        tensors: The result's tensors, in the order in which the lead has them on disk.
+        sources: The open inputs.
+        labels: What to call each of them in messages and in the report.
+        layout: Which input tensors make which output tensor.
+        tensors: The result's tensors, in the order in which they are written.
         config: The result's ``config.json``; empty if the lead has none.
+        vocabulary: The result's, if the recipe asks for one.
+        dropped: For each input, the tensors that stay out, with the reason.
     """
 
     spec: MergeSpec
     method: MergeMethod
-    parameters: Mapping[str, Any]
-    lead: CheckpointSource
-    base: CheckpointSource | None
-    models: Sequence[CheckpointSource]
+    sources: Mapping[ModelRef, CheckpointSource]
+    labels: Mapping[ModelRef, str]
+    layout: Layout
     tensors: Sequence[PlannedTensor]
     config: Mapping[str, Any]
+    vocabulary: "Vocabulary | None"
+    dropped: Mapping[ModelRef, Mapping[str, str]]
+
+    @property
+    def lead(self) -> CheckpointSource:
+        """The base, or the first model: gives configuration and companion files."""
+        return self.sources[self.spec.lead]
 
     @property
     def total_bytes(self) -> int:
         """Bytes of tensor data in the result."""
-        return sum(t.info.nbytes for t in self.tensors)
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of tensor data that are read, each counted once."""
+        return sum(
+            operand.dtype.itemsize * torch.Size(operand.shape).numel()
+            for tensor in self.tensors
+            for operand in tensor.operands
+        )
 
     def run(
         self,
         out: str | Path,
         *,
-        chunk_elements: int = CHUNK_ELEMENTS,
+        execution: Execution | None = None,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
+        resume: bool = False,
         progress: ProgressFactory | None = None,
+        ranks: Alone | Ranks | None = None,
+        check: Callable[[], None] | None = None,
+        model_card: bool = True,
+        copy_tokenizer: bool = True,
     ) -> None:
-        """Write the result; see ``merge``."""
-        check_output(out, (self.lead, *self.models), chunk_elements)
-        planned = CheckpointSink(
+        """Write the result; see ``merge``.
+
+        Args:
+            out: Target folder.
+            execution: Threads, memory, device.
+            max_shard_size: Bytes of data in one file.
+            overwrite: Replace an existing checkpoint folder.
+            resume: Go on with what an interrupted run left.
+            progress: Makes a display.
+            ranks: The processes that share the work; this one alone if None.
+            check: Called when everything is in place but not yet published; raises if it must not
+                be.
+            model_card: Write ``README.md``.
+            copy_tokenizer: Copy the lead's tokenizer, or write the merged one.
+        """
+        check_output(out, [ref.path for ref in self.sources])
+
+        def finish(sink: CheckpointSink) -> None:
+            write_companions(self, sink, with_card=model_card, copy_tokenizer=copy_tokenizer)
+            report = merge_report(self, sink.notes)
+            sink.write_text(REPORT_NAME, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            if check is not None:
+                check()
+
+        write_checkpoint(
             out,
-            [t.info for t in self.tensors],
+            self.tensors,
+            self.method,
+            execution or Execution(),
+            fingerprint=self.fingerprint(),
+            finish=finish,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            ranks=ranks or Alone(),
         )
-        with planned as sink:
-            self._write_companions(sink)
-            with progress_bar(progress, self.total_bytes) as bar:
-                for position, tensor in enumerate(self.tensors):
-                    self._prefetch(position + 1)
-                    self._write(sink, tensor, chunk_elements, bar)
 
-    def _write_companions(self, sink: CheckpointSink) -> None:
-        if self.config:
-            sink.write_text("config.json", json.dumps(self.config, indent=2) + "\n")
-        copy_companions(self.lead, sink)
-        sink.write_text("README.md", model_card(self.spec, self.method))
-        sink.write_text(CONFIG_NAME, recipe_text(self.spec))
+    def fingerprint(self) -> str:
+        """Return a text that changes whenever the result's bytes would."""
+        facts = {
+            "version": __version__,
+            "method": self.method.name,
+            "inputs": [_identity(ref) for ref in self.sources],
+            "config": self.config,
+            "tensors": [
+                [
+                    t.name,
+                    t.tensor_name,
+                    dtype_name(t.dtype),
+                    t.shape,
+                    t.parameters,
+                    [[self.labels[r] for r in a.models], a.names, a.base],
+                ]
+                for t, a in zip(self.tensors, self.layout.assignments, strict=True)
+            ],
+            "vocabulary": None if self.vocabulary is None else self.vocabulary.fingerprint(),
+        }
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _sources(self, tensor: PlannedTensor) -> Iterator[tuple[CheckpointSource, str]]:
-        if self.base is not None and self.method.needs_base:
-            yield self.base, tensor.base_name
-        yield from zip(self.models, tensor.model_names, strict=True)
 
-    def _prefetch(self, position: int) -> None:
-        if position < len(self.tensors) and self.tensors[position].merged:
-            for source, name in self._sources(self.tensors[position]):
-                source.prefetch(name)
+def _identity(ref: ModelRef) -> list[Any]:
+    """Return names, sizes and times of the files that an input consists of."""
+    files = []
+    for folder in (ref.path, ref.adapter):
+        if folder is not None:
+            with os.scandir(folder) as entries:
+                kept = [e for e in entries if e.name.endswith(_IDENTIFYING) and e.is_file()]
+            states = sorted((e.name, e.stat()) for e in kept)
+            files.append([[name, s.st_size, s.st_mtime_ns] for name, s in states])
+    return files
 
-    def _write(
-        self, sink: CheckpointSink, tensor: PlannedTensor, chunk: int, bar: Progress
-    ) -> None:
-        name = tensor.info.name
-        if not tensor.merged:
-            sink.write(name, self.lead.tensor(tensor.base_name or tensor.model_names[0]))
-            bar.update(tensor.info.nbytes)
-            return
-        views = [source.tensor(stored) for source, stored in self._sources(tensor)]
-        base = views.pop(0) if self.method.needs_base else None
-        merge_tensor(
-            sink,
-            name,
-            self.method,
-            base,
-            views,
-            self.parameters,
-            dtype=tensor.info.dtype,
-            chunk_elements=chunk,
-            progress=bar,
-        )
-        for source, stored in self._sources(tensor):
-            source.release(stored)
+
+def write_checkpoint(
+    out: str | Path,
+    tensors: Sequence[PlannedTensor],
+    method: MergeMethod,
+    execution: Execution,
+    *,
+    finish: Callable[[CheckpointSink], None],
+    fingerprint: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressFactory | None = None,
+    ranks: Alone | Ranks | None = None,
+) -> None:
+    """Write ``tensors``, merged by ``method``, to the folder ``out``, then publish it.
+
+    Args:
+        out: Target folder.
+        tensors: In the order in which they fill the shards.
+        method: Merges those that have parameters.
+        execution: Threads, memory, device.
+        finish: Writes the other files; called when all tensors are in place.
+        fingerprint: See ``CheckpointSink``.
+        max_shard_size: Likewise.
+        overwrite: Likewise.
+        resume: Likewise.
+        progress: Makes a display of the bytes to come.
+        ranks: The processes that share the work.
+    """
+    ranks = ranks or Alone()
+    sink = CheckpointSink(
+        out,
+        tensors,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        fingerprint=fingerprint,
+        resume=resume or ranks.restarted,
+        rank=ranks.rank,
+        threads=execution.num_threads(),
+    )
+    if ranks.rank > 0:
+        ranks.wait("begun", 1)
+        with sink:
+            bar_of_none = progress_bar(None, 0)
+            with bar_of_none as bar:
+                merge_all(method, tensors, sink, execution, ranks=ranks, bar=bar)
+        ranks.arrive("done")
+        return
+    with sink:
+        ranks.arrive("begun")
+        with progress_bar(progress, sink.total_bytes) as bar:
+            merge_all(method, tensors, sink, execution, ranks=ranks, bar=bar)
+            ranks.wait("done", ranks.size - 1)
+        sink.collect()
+        finish(sink)
 
 
 def merge(
     recipe: str | Path | MergeSpec,
     out: str | Path,
     *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    execution: Execution | None = None,
+    allow: Allowances | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressFactory | None = None,
 ) -> MergePlan:
     """Merge checkpoints as ``recipe`` says and write the result to the folder ``out``.
@@ -282,204 +290,331 @@ def merge(
     Everything is checked before anything is written; ``out`` appears only when complete.
 
     Args:
-        recipe: A YAML file's path, or a ``MergeSpec``.
+        recipe: A YAML file's path, or a ``MergeSpec``. Of a file with several documents, all are
+            carried out; those with a name go into folders beside ``out`` that are removed at the
+            end.
         out: Target folder.
-        chunk_elements: Elements merged at a time; bounds the memory, changes no bit.
+        execution: Threads, memory, chunk, device; none of it changes a bit.
+        allow: What is refused unless it is asked for.
         max_shard_size: Bytes of data in one file, as a number or as ``5GB``.
         overwrite: Replace an existing checkpoint folder.
+        resume: Go on with what an interrupted merge of the same inputs left.
         progress: Called with the number of bytes to come; returns an object with ``update(n)``
             and ``close()``, such as a tqdm bar.
 
     Returns:
-        The plan that was carried out.
+        The plan that was carried out (of the last document).
 
     Raises:
         RecipeError: The recipe asks for something unknown, misplaced or out of range.
-        CheckpointError: A checkpoint is damaged or does not fit the others.
+        CheckpointError: A checkpoint is damaged or does not fit the others, or a number in it is
+            not finite.
         TypeError: A ``MergeSpec`` names an unknown parameter, or lacks one.
         ValueError: A parameter of it is out of range, or the target is one of the inputs.
         OSError: The target exists, or the disk has no room.
     """
-    spec = recipe if isinstance(recipe, MergeSpec) else load_merge_spec(recipe)
-    plan = plan_merge(spec)
-    plan.run(
-        out,
-        chunk_elements=chunk_elements,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    specs = [recipe] if isinstance(recipe, MergeSpec) else load_merge_specs(recipe)
+    options = {
+        "execution": execution,
+        "max_shard_size": max_shard_size,
+        "resume": resume,
+        "progress": progress,
+    }
+    for plan, target in plan_documents(specs, out, allow=allow):
+        plan.run(target, overwrite=overwrite, **options)
     return plan
 
 
-def plan_merge(spec: MergeSpec) -> MergePlan:
+def plan_merge(spec: MergeSpec, *, allow: Allowances | None = None) -> MergePlan:
     """Open and check everything that ``spec`` names, and return what will be written.
 
     Raises:
         CheckpointError, TypeError, ValueError: As for ``merge``.
     """
-    method = registry.get(spec.method)
-    if not spec.models:
-        raise ValueError(f"{method.name}: expected at least one model, got none")
-    if method.needs_base and spec.base is None:
-        raise ValueError(f"{method.name}: expected a base, got None")
-    parameters = method.bind(len(spec.models), spec.parameters)
-    one = torch.zeros(1)  # a dry run finds what only all parameters together can show
-    method.prepare(one, [one] * len(spec.models), parameters)
-    base = None if spec.base is None else CheckpointSource(spec.base)
-    models = [CheckpointSource(path) for path in spec.models]
-    lead = models[0] if base is None else base
-    aliases = resolve_heads([lead, *models])
-    lead_names, *model_names = aliases
-    for source, names in zip(models, model_names, strict=True):
-        check_fits(lead, lead_names, source, names)
-    tensors = [
-        _plan_tensor(name, spec.dtype, base, lead, lead_names, models, model_names)
-        for name in sorted_by_place(lead, lead_names)
-    ]
-    config = with_dtype(lead.config, spec.dtype)
-    if config and HEAD in lead_names and config.get("tie_word_embeddings"):
-        config["tie_word_embeddings"] = False
-    return MergePlan(spec, method, parameters, lead, base, models, tensors, config)
+    return _Planner(spec, allow or Allowances()).plan()
 
 
-def sorted_by_place(source: CheckpointSource, names: Mapping[str, str]) -> list[str]:
-    """Return ``names``' keys in the order in which their data lie on disk."""
-    place = {name: i for i, name in enumerate(source.names)}
-    return sorted(names, key=lambda name: place[names[name]])
+class _Planner:
+    """The steps of ``plan_merge``."""
 
+    def __init__(self, spec: MergeSpec, allow: Allowances):
+        self.spec, self.allow = spec, allow
+        self.method = registry.get(spec.method)
+        self.sources = {ref: open_model(ref) for ref in spec.references}
+        self.labels = {ref: str(ref) for ref in self.sources}
+        self.statistics: dict[Path, CheckpointSource] = {}
 
-def _plan_tensor(
-    name: str,
-    dtype: torch.dtype | None,
-    base: CheckpointSource | None,
-    lead: CheckpointSource,
-    lead_names: Mapping[str, str],
-    models: Sequence[CheckpointSource],
-    model_names: Sequence[Mapping[str, str]],
-) -> PlannedTensor:
-    stored = lead.info(lead_names[name])
-    merged = stored.dtype in MERGEABLE
-    info = replace(stored, name=name, dtype=(dtype or stored.dtype) if merged else stored.dtype)
-    if not merged:
-        value = lead.tensor(lead_names[name])
-        for source, names in zip(models, model_names, strict=True):
-            if not torch.equal(value, source.tensor(names[name])):
+    def plan(self) -> MergePlan:
+        layout = lay_out(self.spec, self.sources, allow_crimes=self.allow.crimes)
+        dropped = self._account(layout)
+        self.vocabulary = self._plan_vocabulary()
+        self._tried: set[str] = set()
+        tensors = [self._plan_tensor(assignment) for assignment in layout.assignments]
+        for folder, source in self.statistics.items():
+            if not any(t.statistics and any(t.statistics) for t in tensors):
                 raise CheckpointError(
-                    f"tensor {name!r} ({dtype_name(stored.dtype)}, so it cannot be merged) differs "
-                    f"between {lead.path} and {source.path}"
+                    f"{folder}: holds no statistics of these models' tensors; its first is "
+                    f"{source.names[0] if source.names else 'none'}"
                 )
-    base_name = None if base is None else lead_names[name]
-    return PlannedTensor(info, base_name, tuple(names[name] for names in model_names), merged)
-
-
-def resolve_heads(sources: Sequence[CheckpointSource]) -> list[dict[str, str]]:
-    """Return, for each source, the tensors it stands for: from name to the name it is stored under.
-
-    They differ for the LM head only. If all heads are tied to the embedding, none has a head of
-    its own; if one has, a tied one stands for its embedding under the head's name.
-
-    Raises:
-        CheckpointError: A head is tied by its configuration but differs from the embedding, or is
-            missing without being tied.
-    """
-    resolved = []
-    for source in sources:
-        names = {name: name for name in source.names}
-        tied = source.config.get("tie_word_embeddings") is True and EMBEDDING in source
-        if tied and HEAD in source:
-            if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
-                raise CheckpointError(
-                    f"{source.path}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
-                    "set tie_word_embeddings to false there if the head is meant to be its own"
-                )
-            del names[HEAD]
-        resolved.append(names)
-    if any(HEAD in names for names in resolved):
-        for source, names in zip(sources, resolved, strict=True):
-            if (
-                HEAD not in names
-                and source.config.get("tie_word_embeddings")
-                and EMBEDDING in names
-            ):
-                names[HEAD] = EMBEDDING
-    return resolved
-
-
-def check_fits(
-    lead: CheckpointSource,
-    lead_names: Mapping[str, str],
-    source: CheckpointSource,
-    names: Mapping[str, str],
-) -> None:
-    """Check that ``source`` has the tensors of ``lead``, of the same shapes, in mergeable dtypes.
-
-    Args:
-        lead: What to compare with.
-        lead_names: From tensor name to stored name, as ``resolve_heads`` returns it.
-        source: The model to check.
-        names: Likewise.
-
-    Raises:
-        CheckpointError: Naming the first tensor that does not fit, and both models.
-    """
-    _check_readable(lead)
-    _check_readable(source)
-    kinds = [s.config.get("model_type") for s in (lead, source)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"{source.path} is a {kinds[1]} model, {lead.path} a {kinds[0]} model; "
-            "only models of one kind merge"
+        config = self._config(layout, tensors)
+        return MergePlan(
+            spec=self.spec,
+            method=self.method,
+            sources=self.sources,
+            labels=self.labels,
+            layout=layout,
+            tensors=tensors,
+            config=config,
+            vocabulary=self.vocabulary,
+            dropped=dropped,
         )
-    layers = [_layer_count(lead_names), _layer_count(names)]
-    if layers[0] != layers[1]:
-        raise CheckpointError(f"{source.path} has {layers[1]} layers, {lead.path} has {layers[0]}")
-    for here, there, missing in (
-        (lead, source, [n for n in lead_names if n not in names]),
-        (source, lead, [n for n in names if n not in lead_names]),
-    ):
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise CheckpointError(
-                f"{there.path} has no tensor {missing[0]!r}{more}, which {here.path} has"
+
+    def _account(self, layout: Layout) -> dict[ModelRef, dict[str, str]]:
+        """Return why each unused input tensor stays out; refuse if there is no reason."""
+        dropped: dict[ModelRef, dict[str, str]] = {}
+        for ref, source in self.sources.items():
+            reasons = {**source.dropped, **layout.left_out.get(ref, {})}
+            for name in layout.leftovers.get(ref, ()):
+                if not any(fnmatch.fnmatchcase(name, p) for p in self.allow.leftovers):
+                    count = len(layout.leftovers[ref])
+                    more = f" and {count - 1} more" if count > 1 else ""
+                    raise CheckpointError(
+                        f"{self.labels[ref]}: tensor {name!r}{more} would not get into the result; "
+                        "allow it to stay out by name if that is what you want"
+                    )
+                reasons[name] = "allowed to stay out"
+            if ref == self.spec.base and ref not in self.spec.models and not self.method.takes_base:
+                why = f"{self.method.name} does not look at the base"
+                reasons |= dict.fromkeys(source.names, why)
+            dropped[ref] = reasons
+        return dropped
+
+    def _plan_vocabulary(self) -> "Vocabulary | None":
+        wanted = self.spec.tokenizer
+        if wanted is None:
+            return None
+        from mergeme_ext.vocabulary import VocabularyInput, plan_vocabulary
+
+        refs = list(self.sources)
+        inputs = [
+            VocabularyInput(
+                label=self.labels[ref],
+                folder=ref.path,
+                rows=source.info(EMBEDDING).shape[0] if EMBEDDING in source else 0,
+                config=source.config,
             )
-    for name in lead_names:
-        _check_same_shape(name, lead, lead.info(lead_names[name]), source, source.info(names[name]))
-
-
-def _check_readable(source: CheckpointSource) -> None:
-    """Refuse quantised weights: a merge would ignore their scales, which are separate tensors."""
-    quantised = [n for n in source.names if source.info(n).dtype.itemsize == 1]
-    quantised = [n for n in quantised if source.info(n).dtype.is_floating_point]
-    if quantised or "quantization_config" in source.config:
-        what = f"tensor {quantised[0]!r}" if quantised else "its config.json says so"
-        raise CheckpointError(
-            f"{source.path} is quantised ({what}); save it in bfloat16 or float32 first"
+            for ref, source in self.sources.items()
+        ]
+        base = None if self.spec.base is None else refs.index(self.spec.base)
+        source = wanted.source
+        return plan_vocabulary(
+            inputs,
+            base,
+            source=self._number(source) if isinstance(source, ModelRef) else source,
+            tokens={token: self._token_rule(rule) for token, rule in wanted.tokens.items()},
+            pad_to_multiple_of=wanted.pad_to_multiple_of,
         )
 
+    def _number(self, model: ModelRef) -> int:
+        """Return the place of ``model`` among the sources, with or without its adapter."""
+        refs = list(self.sources)
+        if model in refs:
+            return refs.index(model)
+        folder = os.path.realpath(model.path)
+        return next(i for i, ref in enumerate(refs) if os.path.realpath(ref.path) == folder)
 
-def _check_same_shape(
-    name: str,
-    lead: CheckpointSource,
-    expected: TensorInfo,
-    source: CheckpointSource,
-    found: TensorInfo,
-) -> None:
-    if expected.shape != found.shape:
+    def _token_rule(self, rule: TokenRule) -> "vocabulary.TokenRule":
+        from mergeme_ext import vocabulary
+
+        source: Any = rule.source
+        if isinstance(source, ModelRef):
+            source = self._number(source)
+        elif isinstance(source, ModelToken):
+            number = self._number(source.model)
+            source = vocabulary.TokenOf(number, source.token, source.token_id)
+        return vocabulary.TokenRule(source, rule.force)
+
+    def _plan_tensor(self, assignment: Assignment) -> PlannedTensor:
+        method = self.method
+        refs = list(assignment.models)
+        names = list(assignment.names)
+        use_base = method.takes_base and assignment.base is not None
+        if use_base:
+            refs, names = [self.spec.base, *refs], [assignment.base, *names]
+        operands = [self.sources[r].operand(n) for r, n in zip(refs, names, strict=True)]
+        lead = operands[0]
+        if lead.dtype not in FLOATING:
+            self._check_equal(assignment.name, refs, operands)
+            return self._planned(assignment, refs, [lead], lead.dtype, None, base=None)
+        others = [o.dtype for o in operands if o.dtype not in FLOATING]
+        if others:
+            raise CheckpointError(
+                f"tensor {assignment.name!r} is {dtype_name(lead.dtype)} in {self.labels[refs[0]]} "
+                f"but {dtype_name(others[0])} in another model"
+            )
+        operands = self._fit(assignment.name, refs, operands)
+        least = torch.float64 if self.spec.dtype == torch.float64 else None
+        operands = of_one_dtype(operands, least)
+        dtype = self.spec.result_dtype or self.sources[refs[0]].default_dtype(names[0])
+        parameters = self._try(assignment, len(assignment.models))
+        base = operands.pop(0) if use_base else None
+        return self._planned(assignment, refs, operands, dtype, parameters, base=base)
+
+    def _planned(
+        self,
+        assignment: Assignment,
+        refs: Sequence[ModelRef],
+        models: Sequence[Operand],
+        dtype: torch.dtype,
+        parameters: dict[str, Any] | None,
+        *,
+        base: Operand | None,
+    ) -> PlannedTensor:
+        statistics = None
+        if self.method.statistics is not None:
+            pairs = zip(assignment.statistics, assignment.names, strict=True)
+            statistics = [self._statistic(folder, name) for folder, name in pairs]
+        return PlannedTensor(
+            name=assignment.name,
+            tensor_name=assignment.base or assignment.names[0],
+            dtype=dtype,
+            shape=tuple(models[0].shape),
+            base=base,
+            models=tuple(models),
+            labels=tuple(self.labels[ref] for ref in refs),
+            parameters=parameters,
+            statistics=statistics,
+        )
+
+    def _statistic(self, folder: Path | None, name: str) -> Operand | None:
+        if folder is None:
+            raise CheckpointError(
+                f"{self.method.name} needs {self.method.statistics} of each model: a folder of "
+                "statistics, among the model's parameters"
+            )
+        if folder not in self.statistics:
+            self.statistics[folder] = CheckpointSource(folder)
+        source = self.statistics[folder]
+        return source.operand(name) if name in source else None
+
+    def _try(self, assignment: Assignment, num_models: int) -> dict[str, Any]:
+        """Return the bound parameters, after a small trial of each new combination of them.
+
+        Some mistakes only show when all parameters come together.
+        """
+        key = repr((num_models, assignment.parameters))
+        if key not in self._tried and self.method.survey is None:
+            self._tried.add(key)
+            ramps = [torch.linspace(1, 2, 6).view(2, 3) * (1 + m) for m in range(num_models)]
+            self.method.prepare(torch.zeros(2, 3), ramps, assignment.parameters)
+        return assignment.parameters
+
+    def _check_equal(
+        self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
+    ) -> None:
+        """Refuse integers and the like that differ: no method can merge them."""
+        for ref, operand in zip(refs[1:], operands[1:], strict=True):
+            if not same_values(operands[0], operand):
+                raise CheckpointError(
+                    f"tensor {name!r} ({dtype_name(operands[0].dtype)}, so it cannot be merged) "
+                    f"differs between {self.labels[refs[0]]} and {self.labels[ref]}"
+                )
+
+    def _fit(
+        self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
+    ) -> list[Operand]:
+        """Return ``operands`` of one shape, or say which does not fit."""
+        vocabulary_sized = name in (EMBEDDING, HEAD)
+        if self.vocabulary is not None and vocabulary_sized:
+            order = list(self.sources)
+            everyone = self._all_operands(name, refs, operands)
+            return [self.vocabulary.operand(order.index(ref), everyone) for ref in refs]
+        shapes = [tuple(o.shape) for o in operands]
+        if len(set(shapes)) == 1:
+            return list(operands)
+        if (
+            vocabulary_sized
+            and self.allow.truncate_embeddings
+            and len({len(s) for s in shapes}) == 1
+        ):
+            smallest = tuple(min(sizes) for sizes in zip(*shapes, strict=True))
+            return [o if tuple(o.shape) == smallest else Cut(o, smallest) for o in operands]
+        other = next(i for i, s in enumerate(shapes) if s != shapes[0])
         hint = ""
-        if name in (EMBEDDING, HEAD) and expected.shape[1:] == found.shape[1:]:
-            hint = "; models with different vocabularies cannot be merged yet"
+        if vocabulary_sized and shapes[0][1:] == shapes[other][1:]:
+            hint = (
+                "; give the recipe a tokenizer (source: union or base) to merge different "
+                "vocabularies"
+            )
         raise CheckpointError(
-            f"tensor {name!r} is {list(expected.shape)} in {lead.path} but {list(found.shape)} "
-            f"in {source.path}{hint}"
-        )
-    if expected.dtype != found.dtype and not {expected.dtype, found.dtype} <= set(MERGEABLE):
-        raise CheckpointError(
-            f"tensor {name!r} is {dtype_name(expected.dtype)} in {lead.path} but "
-            f"{dtype_name(found.dtype)} in {source.path}"
+            f"tensor {name!r} is {list(shapes[0])} in {self.labels[refs[0]]} but "
+            f"{list(shapes[other])} in {self.labels[refs[other]]}{hint}"
         )
 
+    def _all_operands(
+        self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
+    ) -> list[Operand]:
+        """Return every source's embedding or head: a token may be filled in from any of them."""
+        known = dict(zip(refs, operands, strict=True))
+        out = []
+        for ref, source in self.sources.items():
+            own = name if name in source else EMBEDDING
+            out.append(known.get(ref) or source.operand(own))
+        return out
 
-def _layer_count(names: Mapping[str, str]) -> int:
-    numbers = [int(m[1]) for n in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", n))]
-    return max(numbers, default=-1) + 1
+    def _config(self, layout: Layout, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+        config = dict(layout.config)
+        if not config:
+            return config
+        if self.vocabulary is not None:
+            config = self.vocabulary.config_changes(config)
+        rows = [t.shape[0] for t in tensors if t.name == EMBEDDING]
+        if rows and "vocab_size" in config:
+            config["vocab_size"] = rows[0]
+        return config
+
+
+def open_model(ref: ModelRef) -> CheckpointSource:
+    """Return the checkpoint that ``ref`` means, opened, with its adapter applied.
+
+    Raises:
+        CheckpointError: It is damaged, or the adapter does not fit it.
+    """
+    source = CheckpointSource(ref.path)
+    if ref.adapter is None:
+        return source
+    return AdaptedSource(source, ref.adapter)
+
+
+def plan_documents(
+    specs: Sequence[MergeSpec], out: str | Path, *, allow: Allowances | None = None
+) -> Iterator[tuple[MergePlan, Path]]:
+    """Yield plan and target of each document of a recipe; carry one out before taking the next.
+
+    All but the last go into a hidden folder beside ``out``, which is removed at the end, or stays
+    for a resumed run if that does not come. A document that is complete there is not yielded.
+    """
+    out = Path(out)
+    if len(specs) == 1:
+        yield plan_merge(specs[0], allow=allow), out
+        return
+    work = out.with_name(f".{out.name}.documents")
+    made: dict[str, Path] = {}
+    for spec in specs[:-1]:
+        target = work / spec.name
+        plan = plan_merge(spec.with_documents(made), allow=allow)
+        if not _is_result_of(plan, target):
+            shutil.rmtree(target, ignore_errors=True)
+            yield plan, target
+        made[spec.name] = target
+    yield plan_merge(specs[-1].with_documents(made), allow=allow), out
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_result_of(plan: MergePlan, folder: Path) -> bool:
+    """Whether ``folder`` holds what ``plan`` would write."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return False
+    report = load_json_object(path.read_bytes(), str(path))
+    return report.get("fingerprint") == plan.fingerprint()

@@ -1,7 +1,8 @@
-"""What a merge is asked to do, read from a recipe or built in Python."""
+"""What a merge is asked to do: models, the layers taken from each, and parameters."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +11,208 @@ import torch
 import mergeme_ext.merging.methods  # noqa: F401  (registers them)
 from mergeme_ext.io import dtype_name, portable_name
 from mergeme_ext.merging import registry
-from mergeme_ext.merging.registry import MergeMethod
-from mergeme_ext.recipes import Section, load_recipe
+from mergeme_ext.merging.settings import Setting
 
 __all__ = [
     "DTYPES",
     "MergeSpec",
-    "load_merge_spec",
-    "read_dtype",
-    "read_method",
-    "read_parameters",
+    "ModelRef",
+    "ModelToken",
+    "Module",
+    "Slice",
+    "Source",
+    "TokenRule",
+    "TokenizerSpec",
 ]
 
 DTYPES = {dtype_name(d): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-_LATER = "not supported yet"
-_REFUSED = {
-    "slices": f"layer ranges are {_LATER}; list whole models under models",
-    "modules": f"modules are {_LATER}; list whole models under models",
-    "tokenizer": f"merging vocabularies is {_LATER}; the base's tokenizer is copied",
-    "tokenizer_source": f"merging vocabularies is {_LATER}; the base's tokenizer is copied",
-    "chat_template": f"setting it is {_LATER}; the base's is copied",
-}
-# In shared recipes; here masks are never stored, so it has nothing to act on.
-_WITHOUT_EFFECT = {"int8_mask"}
+# By key in recipes.
+Settings = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model to read. Two are equal if they mean the same folders, however these are written.
+
+    Attributes:
+        path: The model's folder. For another merge's result it is a stand-in until
+            ``MergeSpec.with_documents`` puts the folder in.
+        adapter: Folder of a LoRA adapter to apply to it.
+        document: Name of the merge of the same recipe file whose result this is.
+    """
+
+    path: Path = field(compare=False)
+    adapter: Path | None = field(default=None, compare=False)
+    document: str | None = None
+    _real: tuple[str, str | None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        adapter = None if self.adapter is None else os.path.realpath(self.adapter)
+        object.__setattr__(self, "_real", (os.path.realpath(self.path), adapter))
+
+    @classmethod
+    def of(cls, model: "ModelRef | str | Path") -> "ModelRef":
+        """Return a reference to a folder, or what is one already."""
+        return model if isinstance(model, ModelRef) else cls(Path(model))
+
+    @property
+    def name(self) -> str:
+        """What to call it in public, never a path; a recipe can say it."""
+        model = self.document or portable_name(self.path)
+        return model if self.adapter is None else f"{model}+{portable_name(self.adapter)}"
+
+    def __str__(self) -> str:
+        path = self.document or str(self.path)
+        return path if self.adapter is None else f"{path}+{self.adapter}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model's part in a slice.
+
+    Attributes:
+        model: The model.
+        layers: Its layers, from the first to the one after the last; None for all.
+        parameters: For this model alone.
+        statistics: Folder of this model's statistics, if the method takes any.
+    """
+
+    model: ModelRef
+    layers: tuple[int, int] | None = None
+    parameters: Settings = field(default_factory=dict)
+    statistics: Path | None = None
+
+    def document(self, method: registry.MergeMethod) -> dict[str, Any]:
+        """Return it as plain data."""
+        out: dict[str, Any] = {"model": self.model.name}
+        if self.layers is not None:
+            out["layer_range"] = list(self.layers)
+        parameters = _settings_document(self.parameters)
+        if self.statistics is not None:
+            parameters[method.statistics] = portable_name(self.statistics)
+        return out | ({"parameters": parameters} if parameters else {})
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A stretch of layers of the result, and what it is merged from."""
+
+    sources: tuple[Source, ...]
+    parameters: Settings = field(default_factory=dict)
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether it takes a range of layers, rather than whole models."""
+        return self.sources[0].layers is not None
+
+
+@dataclass(frozen=True)
+class Module:
+    """A part of the result, such as ``text_decoder``; None as name means all of it."""
+
+    name: str | None
+    slices: tuple[Slice, ...]
+    parameters: Settings = field(default_factory=dict)
+
+    def document(self, method: registry.MergeMethod) -> dict[str, Any]:
+        """Return it as plain data: its models or slices."""
+        slices = [
+            {"sources": [source.document(method) for source in piece.sources]}
+            | _parameters_entry(piece.parameters)
+            for piece in self.slices
+        ]
+        first = self.slices[0]
+        if len(slices) == 1 and not first.is_layered and not first.parameters:
+            return {"models": slices[0]["sources"]} | _parameters_entry(self.parameters)
+        return {"slices": slices} | _parameters_entry(self.parameters)
+
+
+@dataclass(frozen=True)
+class ModelToken:
+    """A token's embedding in one model, by its text there or by its id."""
+
+    model: ModelRef
+    token: str | None = None
+    token_id: int | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        which = {"token": self.token} if self.token is not None else {"token_id": self.token_id}
+        return {"kind": "model_token", "model": self.model.name} | which
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Where a token's embedding comes from.
+
+    Attributes:
+        source: A model, a token of a model, ``zero``, or None for what would be done anyway.
+        force: Use it for models too that know the token themselves.
+    """
+
+    source: ModelRef | ModelToken | str | None = None
+    force: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        source: Any = self.source
+        if isinstance(source, ModelRef):
+            source = source.name
+        elif isinstance(source, ModelToken):
+            source = source.document()
+        elif source is not None:
+            source = {"kind": source}
+        out = {} if source is None else {"source": source}
+        return out | ({"force": True} if self.force else {})
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The vocabulary of the result.
+
+    Attributes:
+        source: ``union`` of all models' vocabularies, ``base``, or the model whose it is.
+        tokens: Rules for single tokens.
+        pad_to_multiple_of: Rows of the embedding are rounded up to a multiple of this.
+    """
+
+    source: ModelRef | str = "union"
+    tokens: Mapping[str, TokenRule] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+
+    @property
+    def references(self) -> tuple[ModelRef, ...]:
+        """The models it names, each once."""
+        out = [self.source] if isinstance(self.source, ModelRef) else []
+        for rule in self.tokens.values():
+            source = rule.source
+            out += [source.model] if isinstance(source, ModelToken) else []
+            out += [source] if isinstance(source, ModelRef) else []
+        return tuple(dict.fromkeys(out))
+
+    def with_models(self, replaced: Callable[[ModelRef], ModelRef]) -> "TokenizerSpec":
+        """Return it with every model that it names replaced."""
+
+        def source_of(source: ModelRef | ModelToken | str | None) -> Any:
+            if isinstance(source, ModelToken):
+                return replace(source, model=replaced(source.model))
+            return replaced(source) if isinstance(source, ModelRef) else source
+
+        tokens = {
+            token: replace(rule, source=source_of(rule.source))
+            for token, rule in self.tokens.items()
+        }
+        return replace(self, source=source_of(self.source), tokens=tokens)
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        source = self.source.name if isinstance(self.source, ModelRef) else self.source
+        out: dict[str, Any] = {"source": source}
+        if self.tokens:
+            out["tokens"] = {token: rule.document() for token, rule in self.tokens.items()}
+        if self.pad_to_multiple_of is not None:
+            out["pad_to_multiple_of"] = self.pad_to_multiple_of
+        return out
 
 
 @dataclass(frozen=True)
@@ -41,167 +221,174 @@ class MergeSpec:
 
     Attributes:
         method: Name of a registered method.
-        models: Folders of the models to merge, the base not among them (unless the method averages
-            whole models, such as ``linear``).
-        base: Folder of the base; its configuration and tokenizer go into the result. Methods that
-            need no base take the first model's if there is none.
-        parameters: By Python name; a per-model one is one number for all models or one for each.
-        dtype: Of the result's floating tensors; None keeps the base's.
+        modules: What the result is made of; one without a name unless the recipe has modules.
+        base: The base; its configuration and tokenizer go into the result. Without one, the first
+            model's do.
+        parameters: For the whole merge.
+        dtype: Inputs are taken as if they had it; None takes them as they are.
+        out_dtype: Of the result's floating tensors; None means ``dtype``, or else the lead's.
+        tokenizer: The vocabulary, if it is to be another than the lead's.
+        chat_template: ``auto``, a known template's name, or a template.
+        name: What other documents of the recipe call the result.
     """
 
     method: str
-    models: Sequence[Path]
-    base: Path | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[Module, ...]
+    base: ModelRef | None = None
+    parameters: Settings = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+    tokenizer: TokenizerSpec | None = None
+    chat_template: str | None = None
+    name: str | None = None
+
+    @classmethod
+    def of_models(
+        cls,
+        method: str,
+        models: Sequence[ModelRef | str | Path],
+        base: ModelRef | str | Path | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        **rest: Any,
+    ) -> "MergeSpec":
+        """Return the merge of whole ``models`` by ``method``.
+
+        Args:
+            method: Name of a registered method.
+            models: Folders or references. A base is not counted among them if the method sets one
+                apart; ``linear``, for one, averages it if it is listed.
+            base: Folder of the base, or a reference to it.
+            parameters: By Python name; a per-model one is one number for all models or one for
+                each.
+            rest: Further attributes.
+
+        Raises:
+            TypeError: A parameter is unknown, or one without a default is missing.
+            ValueError: A value is out of range, or there are too few or too many models.
+        """
+        chosen, parameters = registry.get(method), parameters or {}
+        base = None if base is None else ModelRef.of(base)
+        if not models:
+            raise ValueError(f"{method}: expected at least one model, got none")
+        if chosen.needs_base and base is None:
+            raise ValueError(f"{method}: expected a base, got None")
+        every = [ModelRef.of(model) for model in models]
+        merged = [model for model in every if not (chosen.takes_base and model == base)]
+        chosen.bind(len(merged), parameters)
+        shared: dict[str, Setting] = {}
+        own: dict[ModelRef, dict[str, Setting]] = {model: {} for model in every}
+        for name, value in parameters.items():
+            kind = chosen.parameters[name].kind
+            if kind.per_model and isinstance(value, Sequence) and not isinstance(value, str):
+                for model, one in zip(merged, value, strict=True):
+                    own[model][kind.key] = Setting((one,))
+            else:
+                shared[kind.key] = Setting((value,))
+        sources = tuple(Source(model, parameters=own[model]) for model in every)
+        return cls(method, (Module(None, (Slice(sources),)),), base, shared, **rest)
+
+    @property
+    def slices(self) -> Iterator[Slice]:
+        """The slices of all modules."""
+        return (piece for module in self.modules for piece in module.slices)
+
+    @property
+    def references(self) -> tuple[ModelRef, ...]:
+        """The models whose weights it reads, each once, the lead first."""
+        out = [] if self.base is None else [self.base]
+        out += [source.model for piece in self.slices for source in piece.sources]
+        return tuple(dict.fromkeys(out))
+
+    @property
+    def lead(self) -> ModelRef:
+        """The base, or else the first model: gives order, configuration and companion files."""
+        return self.references[0]
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The models that are merged, each once; not the base if the method takes one."""
+        left_out = self.base if registry.get(self.method).takes_base else None
+        listed = [source.model for piece in self.slices for source in piece.sources]
+        return tuple(dict.fromkeys(model for model in listed if model != left_out))
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Names of the other merges whose results it reads, each once."""
+        every = self.references + (self.tokenizer.references if self.tokenizer else ())
+        return tuple(dict.fromkeys(r.document for r in every if r.document is not None))
+
+    @property
+    def result_dtype(self) -> torch.dtype | None:
+        """Of the result's floating tensors; None keeps the lead's."""
+        return self.out_dtype or self.dtype
+
+    def with_default_seed(self, seed: int) -> "MergeSpec":
+        """Return this merge with ``seed`` for a method that takes one, unless the recipe has it."""
+        takes_one = any(p.kind.key == "seed" for p in registry.get(self.method).parameters.values())
+        if not takes_one or "seed" in self.parameters:
+            return self
+        return replace(self, parameters={**self.parameters, "seed": Setting((seed,))})
+
+    def with_documents(self, folders: Mapping[str, str | Path]) -> "MergeSpec":
+        """Return this merge with the results of others in their places.
+
+        Args:
+            folders: From the names in ``documents`` to folders.
+
+        Raises:
+            KeyError: One is missing.
+        """
+
+        def placed(model: ModelRef) -> ModelRef:
+            if model.document is None:
+                return model
+            return replace(model, path=Path(folders[model.document]))
+
+        modules = tuple(
+            replace(
+                module,
+                slices=tuple(
+                    replace(
+                        piece,
+                        sources=tuple(replace(s, model=placed(s.model)) for s in piece.sources),
+                    )
+                    for piece in module.slices
+                ),
+            )
+            for module in self.modules
+        )
+        return replace(
+            self,
+            modules=modules,
+            base=None if self.base is None else placed(self.base),
+            tokenizer=None if self.tokenizer is None else self.tokenizer.with_models(placed),
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the recipe as plain data, with models by public name instead of by path."""
         method = registry.get(self.method)
-        models: list[dict[str, Any]] = [{"model": portable_name(path)} for path in self.models]
-        shared = {}
-        for name, value in self.parameters.items():
-            kind = method.parameters[name].kind
-            if kind.per_model and isinstance(value, Sequence) and not isinstance(value, str):
-                for model, one in zip(models, value, strict=True):
-                    model.setdefault("parameters", {})[kind.key] = one
-            else:
-                shared[kind.key] = value
-        out: dict[str, Any] = {"merge_method": self.method}
+        out: dict[str, Any] = {} if self.name is None else {"name": self.name}
+        out["merge_method"] = self.method
         if self.base is not None:
-            out["base_model"] = portable_name(self.base)
-        out["models"] = models
-        if shared:
-            out["parameters"] = shared
-        if self.dtype is not None:
-            out["dtype"] = dtype_name(self.dtype)
+            out["base_model"] = self.base.name
+        if self.modules[0].name is None:
+            out |= self.modules[0].document(method)
+        else:
+            out["modules"] = {m.name: m.document(method) for m in self.modules}
+        out |= _parameters_entry(self.parameters)
+        for key in ("dtype", "out_dtype"):
+            if (dtype := getattr(self, key)) is not None:
+                out[key] = dtype_name(dtype)
+        if self.tokenizer is not None:
+            out["tokenizer"] = self.tokenizer.document()
+        if self.chat_template is not None:
+            out["chat_template"] = self.chat_template
         return out
 
 
-def load_merge_spec(path: str | Path) -> MergeSpec:
-    """Return the merge that the recipe at ``path`` describes.
-
-    Raises:
-        RecipeError: It asks for something unknown or out of range, or a model's folder is missing.
-    """
-    recipe = load_recipe(path)
-    recipe.allow_only(
-        ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"),
-        refused=_REFUSED,
-    )
-    method = read_method(recipe, "merge_method")
-    base = recipe.folder("base_model", None)
-    if base is None and method.needs_base:
-        raise recipe.error(f"{method.name} needs a base_model", "merge_method")
-    models, sections = _read_models(recipe, method, base)
-    parameters = read_parameters(recipe, method, sections)
-    dtype = read_dtype(recipe, "out_dtype") or read_dtype(recipe, "dtype")
-    return MergeSpec(method.name, models, base, parameters, dtype)
+def _settings_document(settings: Settings) -> dict[str, Any]:
+    return {key: setting.document() for key, setting in settings.items()}
 
 
-def read_method(section: Section, key: str) -> MergeMethod:
-    """Return the method named under ``key``.
-
-    Raises:
-        RecipeError: There is no such method.
-    """
-    return registry.get(section.text(key, choices=registry.names()))
-
-
-def read_dtype(section: Section, key: str) -> torch.dtype | None:
-    """Return the dtype named under ``key``; None if there is no such key."""
-    name = section.text(key, None, choices=list(DTYPES))
-    return None if name is None else DTYPES[name]
-
-
-def _read_models(
-    recipe: Section, method: MergeMethod, base: Path | None
-) -> tuple[list[Path], list[Section | None]]:
-    """Return the models' folders and parameters; a base listed among them is left out."""
-    models: list[Path] = []
-    sections: list[Section | None] = []
-    seen: dict[Path, str] = {}
-    for entry in recipe.sections("models"):
-        entry.allow_only(("model", "parameters"))
-        model, parameters = entry.folder("model"), entry.section("parameters")
-        real = model.resolve()
-        if real in seen:
-            raise entry.error(f"{entry.path_of('model')} is {seen[real]} again", "model")
-        seen[real] = entry.path_of("model")
-        if method.needs_base and real == base.resolve():
-            if parameters is not None and parameters.keys:
-                raise parameters.error(
-                    f"{parameters.where}: the base takes no parameters: its task vector is zero"
-                )
-            continue
-        models.append(model)
-        sections.append(parameters)
-    if not models:
-        raise recipe.error(f"{method.name} needs a model besides the base", "models")
-    return models, sections
-
-
-def read_parameters(
-    recipe: Section, method: MergeMethod, models: Sequence[Section | None], key: str = "parameters"
-) -> dict[str, Any]:
-    """Return a method's parameters by Python name, from ``recipe`` and from each model's section.
-
-    Args:
-        recipe: Section whose ``key`` holds parameters for all models.
-        method: Whose parameters they are.
-        models: Each model's own parameters, which come first for that model; None for none.
-        key: Name of the mapping in ``recipe``.
-
-    Raises:
-        RecipeError: A parameter is unknown, misplaced, missing or out of range.
-    """
-    shared = recipe.section(key)
-    for section in (shared, *models):
-        if section is not None:
-            _check_keys(section, method, per_model=section is not shared)
-    out: dict[str, Any] = {}
-    for name, parameter in method.parameters.items():
-        common = _read_value(shared, parameter, len(models))
-        if not parameter.kind.per_model:
-            values = [common]
-        else:
-            own = [_read_value(section, parameter, len(models)) for section in models]
-            values = [common if value is None else value for value in own]
-        if all(value is None for value in values) and not parameter.required:
-            continue
-        if None in values and parameter.required:
-            place = models[values.index(None)] or shared or recipe
-            raise place.error(f"{method.name} needs parameter {parameter.kind.key!r} of each model")
-        values = [parameter.default if value is None else value for value in values]
-        out[name] = values if parameter.kind.per_model else common
-    return out
-
-
-def _check_keys(section: Section, method: MergeMethod, *, per_model: bool) -> None:
-    kinds = [p.kind for p in method.parameters.values()]
-    known = [k.key for k in kinds if k.per_model or not per_model]
-    refused = {
-        k.key: "is one for the whole merge; it goes into the recipe's own parameters"
-        for k in kinds
-        if k.key not in known
-    }
-    section.allow_only(known, tolerated=() if per_model else _WITHOUT_EFFECT, refused=refused)
-
-
-def _read_value(section: Section | None, parameter: registry.Parameter, num_models: int) -> Any:
-    """Return a parameter as written, once it has passed its check; None if it is not there."""
-    word = parameter.kind.key
-    if section is None or word not in section:
-        return None
-    value = section.value(word)
-    if isinstance(value, list | dict):
-        raise section.error(
-            f"{section.path_of(word)}: lists (gradients over layers) and filters are {_LATER}; "
-            "give one value",
-            word,
-        )
-    try:
-        checked = parameter.kind.check(value, num_models)
-    except ValueError as error:
-        raise section.expect(word, str(error), value) from None
-    return value if value == "1/n" else checked
+def _parameters_entry(settings: Settings) -> dict[str, Any]:
+    return {"parameters": _settings_document(settings)} if settings else {}

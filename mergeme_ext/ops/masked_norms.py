@@ -21,8 +21,9 @@ def masked_norms(
     Args:
         base: Pretrained weight, any shape; float16, bfloat16, float32 or float64.
         tensors: M >= 1 fine-tuned weights, each with the shape, dtype and device of ``base``.
-        selection: float64 ``[M, 2]``, as for ``merge_task_vectors``.
-        mask: "all", "magnitude" or "random", as for ``merge_task_vectors``.
+        selection: float64 ``[M, 2]``, or ``[M, 4]`` with ``mask="band"``, as for
+            ``merge_task_vectors``.
+        mask: "all", "magnitude", "random" or "band", as for ``merge_task_vectors``.
         key: 64-bit key of the random mask.
 
     Returns:

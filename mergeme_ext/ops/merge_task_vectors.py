@@ -36,9 +36,11 @@ def merge_task_vectors(
         scales: float64 ``[M]``, dimensionless factors that rescale what a mask left.
         selection: float64 ``[M, 2]``. With ``mask="magnitude"``, the cuts that
             ``magnitude_threshold`` returns; with ``mask="random"``, column 0 is the keep
-            probability in [0, 1], rounded to a multiple of 2^-16; else unused.
+            probability in [0, 1], rounded to a multiple of 2^-16; with ``mask="band"``, ``[M, 4]``,
+            two such cuts side by side; else unused.
         mask: "all" keeps every element; "magnitude" trims by magnitude; "random" keeps an element
-            if its 16 random bits are below the probability times 65536.
+            if its 16 random bits are below the probability times 65536; "band" keeps what the first
+            cut keeps and the second does not, and NaN.
         key: 64-bit key of the random mask. The bits of element i of model m are a function of
             (key, i, m) only: Philox4x32-10 with counter (i / 8 low, i / 8 high, m, 0), whose four
             words give eight numbers, low halves first.

@@ -7,6 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mergeme_ext.merging import Execution
 from python_tests.assembly.models import build, edit_config, make
 
 EXPERTS = [{"source_model": "one", "positive_prompts": ["heart"]}]
@@ -198,7 +199,7 @@ MODELS = [
         config("one", vocab_size=20),
         "one: expected vocab_size 19 as in .*base, got 20",
     ),
-    (config("two", quantization_config={"bits": 4}), "two: expected unquantised weights"),
+    (config("two", quantization_config={"bits": 4}), "two: .* no tensor is FP8"),
     (config("two", partial_rotary_factor=0.5), "two: expected partial_rotary_factor 1"),
     (config("two", rope_scaling={"full_attention": {"rope_type": "default"}}), "one set of rope"),
     (
@@ -231,7 +232,7 @@ def test_the_target_is_left_alone(models):
     with pytest.raises(ValueError, match="is one of the inputs"):
         build(recipe, models / "one", overwrite=True)
     with pytest.raises(ValueError, match="chunk_elements of at least 1, got 0"):
-        build(recipe, models / "new", chunk_elements=0)
+        build(recipe, models / "new", execution=Execution(chunk_elements=0))
     assert not (models / "new").exists()
     build(recipe, models / "new")
     again = build(recipe, models / "new", overwrite=True)
@@ -258,7 +259,7 @@ def test_an_error_on_the_way_leaves_nothing(models, monkeypatch):
         yaml.safe_dump({"base_model": "base", "experts": EXPERTS, "gate_mode": "zero"})
     )
     before = sorted(models.iterdir())
-    monkeypatch.setattr(upcycle, "merge_tensor", fail)
+    monkeypatch.setattr(upcycle.CheckpointSink, "write_at", fail)
     with pytest.raises(OSError, match="No space left"):
         build(recipe, models / "out")
     assert sorted(models.iterdir()) == before

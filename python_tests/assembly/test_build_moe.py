@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from mergeme_ext.assembly import ExpertSpec, MergeChoice, MoESpec, load_moe_spec
 from mergeme_ext.integrations.transformers import use_mergeme_experts
+from mergeme_ext.merging import Execution
 from python_tests.assembly.models import WORDS, build, everything, make
 from python_tests.references.mixtral import logits as reference
 
@@ -183,7 +184,9 @@ def test_merges_as_the_method_does(models, tmp_path, method):
 
     merge = {"method": method, "parameters": MERGES[method]}
     out = build(
-        write_recipe(models, merge=merge, gate_mode="zero"), tmp_path / "out", chunk_elements=100
+        write_recipe(models, merge=merge, gate_mode="zero"),
+        tmp_path / "out",
+        execution=Execution(chunk_elements=100),
     )
     made = load_file(out / "model.safetensors")
     base, one, two = (load_file(models / m / "model.safetensors") for m in ("base", "one", "two"))
@@ -205,11 +208,16 @@ def test_chunks_and_threads_change_no_byte(models, tmp_path, gate_mode):
     merge = {"method": "dare_ties", "parameters": {"density": 0.7}}
     recipe = write_recipe(models, merge=merge, gate_mode=gate_mode)
     first = everything(build(recipe, tmp_path / "a"))
-    assert everything(build(recipe, tmp_path / "b", chunk_elements=37)) == first
+    assert (
+        everything(build(recipe, tmp_path / "b", execution=Execution(chunk_elements=37))) == first
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert everything(build(recipe, tmp_path / "c", chunk_elements=1000)) == first
+        assert (
+            everything(build(recipe, tmp_path / "c", execution=Execution(chunk_elements=1000)))
+            == first
+        )
     finally:
         torch.set_num_threads(threads)
 

@@ -38,9 +38,11 @@ def test_merge(models, capsys):
 
 def test_quiet_and_dry_run(models, capsys):
     assert main(["merge", "r.yaml", "out", "--dry-run"]) == 0
-    assert capsys.readouterr().out == (
-        "r.yaml: all inputs fit; ties would write 21 tensors, 20.8 KB\n"
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "ties (Yadav et al. 2023, arXiv:2306.01708): 21 tensors, 20.8 KB, float32\n"
     )
+    assert "\n  model.layers.*.mlp.down_proj.weight" in out and "; writes 20.8 KB\n" in out
     assert not (models / "out").exists()
     assert main(["merge", "r.yaml", "out", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -63,7 +65,7 @@ def test_errors_take_one_line(models, capsys):
         (["none.yaml", "out"], "none.yaml: cannot read the recipe: No such file or directory"),
         (["r.yaml", "full"], "full: exists and is not empty; overwriting must be asked for"),
         (["r.yaml", "a", "--overwrite"], "a is one of the inputs; choose another folder"),
-        (["r.yaml", "out", "--threads", "0"], "expected --threads of at least 1, got 0"),
+        (["r.yaml", "out", "--threads", "0"], "expected threads of at least 1, got 0"),
         (
             ["r.yaml", "out", "--chunk-elements", "0"],
             "expected chunk_elements of at least 1, got 0",
@@ -87,7 +89,9 @@ def test_interrupt(models, capsys, monkeypatch):
 
     monkeypatch.setattr(MergePlan, "run", stop)
     assert main(["merge", "r.yaml", "out"]) == 130
-    assert capsys.readouterr().err == "mergeme merge: stopped; nothing was written\n"
+    assert capsys.readouterr().err == (
+        "mergeme merge: stopped; the same command with --resume goes on from there\n"
+    )
 
 
 def test_info(capsys):

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 
 from mergeme_ext.io import CheckpointSource, names, portable_name, with_dtype
@@ -52,3 +53,41 @@ def test_public_names_hold_no_path(tmp_path):
     assert portable_name(tmp_path / "deep" / "model") == "model"
     cached = tmp_path / "models--owner--some-model" / "snapshots" / "0123abcd"
     assert portable_name(cached) == "owner/some-model"
+
+
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("model.layers.3.mlp.up_proj.weight", "text_decoder"),
+        ("model.language_model.layers.3.mlp.up_proj.weight", "text_decoder"),
+        ("lm_head.weight", "text_decoder"),
+        ("model.visual.blocks.0.attn.qkv.weight", "vision_tower"),
+        ("visual.merger.mlp.0.weight", "multi_modal_projector"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder"),
+        ("mtp.fc.weight", None),
+    ],
+)
+def test_modules(name, module):
+    assert names.module_of(name) == module
+
+
+def test_modules_among_those_asked_for():
+    assert names.module_of("visual.merger.mlp.0.weight", ["vision_tower"]) == "vision_tower"
+    assert names.module_of("visual.merger.mlp.0.weight", ["text_decoder", "default"]) is None
+
+
+@pytest.mark.parametrize(
+    "name, before",
+    [
+        ("model.embed_tokens.weight", True),
+        ("transformer.wpe.weight", True),
+        ("gpt_neox.embed_in.weight", True),
+        ("embed_out.weight", False),
+        ("model.norm.weight", False),
+        ("lm_head.weight", False),
+        ("model.layernorm_embed.weight", False),
+        ("transformer.word_embeddings_layernorm.weight", True),
+    ],
+)
+def test_what_comes_before_the_layers(name, before):
+    assert names.is_before_layers(name) is before

@@ -1,6 +1,6 @@
 import pytest
 
-from mergeme_ext.recipes import RecipeError, as_number, load_recipe
+from mergeme_ext.recipes import RecipeError, as_number, load_recipe, load_recipes
 
 
 @pytest.fixture
@@ -33,6 +33,24 @@ def test_reads_every_kind(recipe, tmp_path):
     assert r.texts("none", []) == [] and r.folder("none", None) is None
 
 
+def test_documents_and_merge_keys(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "---\na: &x {p: 1, q: 2}\n---\nb: &y {q: 3, r: 4}\nc: {<<: *y, r: 5}\n---\n"
+    )
+    first, second = load_recipes(tmp_path / "r.yaml")
+    assert first.section("a").integer("q") == 2 and second.line == 4
+    merged = second.section("c")
+    assert (merged.integer("q"), merged.integer("r")) == (3, 5)
+    merged.allow_only(["q", "r"])
+
+
+def test_errors_inside_values(recipe):
+    r = recipe("a:\n  - {x: [1,\n    2]}\n")
+    error = r.error_inside("a", (0, "x", 1), "expected", " to be odd")
+    assert str(error) == "r.yaml:3: expected a[0].x[1] to be odd"
+    assert str(r.error_inside("a", (), "no", "!")) == "r.yaml:1: no a!"
+
+
 def test_folder_is_looked_up_from_the_recipe_first(tmp_path, monkeypatch):
     for place in ("here", "there"):
         (tmp_path / place / "m").mkdir(parents=True)
@@ -49,7 +67,8 @@ ERRORS = [
     ("a: 1\n\tb: 2", lambda r: r, r"r.yaml:2: not valid YAML"),
     ("", lambda r: r, r"r.yaml:1: the recipe is empty"),
     ("- a", lambda r: r, r"r.yaml:1: expected the recipe to be a mapping, got a list"),
-    ("a: 1\n---\nb: 2", lambda r: r, r"r.yaml:2: not valid YAML: but found another document"),
+    ("a: 1\n---\nb: 2", lambda r: r, r"r.yaml:3: expected one document, got another"),
+    ("s: &x {a: 1}\nt: {<<: [*x, 3]}", lambda r: r.section("t"), r"t.<< to be a mapping, got '3'"),
     ("a: 1\nb: 2\na: 3", lambda r: r, r"r.yaml:3: key 'a' appears twice"),
     ("[1, 2]: 3", lambda r: r, r"expected a word as key, got a list"),
     (

@@ -21,7 +21,7 @@ from python_tests.support.merge_inputs import (
 )
 
 OP = "masked_norms"
-MASKS = ["all", "magnitude", "random"]
+MASKS = ["all", "magnitude", "random", "band"]
 # (shape, number of models): empty, one element, one model, odd sizes, three blocks, many models.
 CASES = [((0,), 2), ((1,), 3), ((33, 65), 1), ((2, 0, 4), 2), ((8195,), 3), ((7, 11), 20)]
 
@@ -30,6 +30,10 @@ def selection_for(mask, base, tensors):
     if mask == "magnitude":
         keep = [int(0.6 * base.numel())] * len(tensors)
         return mergeme_ext.magnitude_threshold(base, tensors, keep)
+    if mask == "band":
+        keep = [int(share * base.numel()) for share in (0.8, 0.1) for _ in tensors]
+        cuts = mergeme_ext.magnitude_threshold(base, [*tensors, *tensors], keep)
+        return torch.cat(cuts.chunk(2), 1)
     rows = [[0.2 + 0.6 * m / len(tensors), 0.0] for m in range(len(tensors))]
     return torch.tensor(rows, dtype=torch.float64, device=base.device)
 
@@ -37,6 +41,11 @@ def selection_for(mask, base, tensors):
 def kept_for(mask, base, tensors, selection, key):
     if mask == "magnitude":
         return [kept_by_cut(base, t, row) for t, row in zip(tensors, selection.cpu(), strict=True)]
+    if mask == "band":
+        return [
+            kept_by_cut(base, t, row[:2]) & ~kept_by_cut(base, t, row[2:])
+            for t, row in zip(tensors, selection.cpu(), strict=True)
+        ]
     n = range(base.numel())
     if mask == "random":
         rows = [keeps(key, m, n, p) for m, p in enumerate(selection[:, 0].tolist())]
@@ -96,7 +105,11 @@ BAD_INPUTS = [
     (lambda a: a.update(tensors=[]), ValueError, "expected tensors to hold at least one tensor"),
     (lambda a: a.update(selection=a["selection"].float()), TypeError, "selection to be float64"),
     (lambda a: a.update(selection=a["selection"][:1]), ValueError, r"shape \[2, 2\], got \[1, 2\]"),
-    (lambda a: a.update(mask="odd"), ValueError, "mask to be all, magnitude or random, got odd"),
+    (
+        lambda a: a.update(mask="odd"),
+        ValueError,
+        "mask to be all, magnitude, random or band, got odd",
+    ),
 ]
 
 

@@ -24,7 +24,7 @@ from python_tests.support.merge_inputs import (
 from python_tests.support.tolerance import assert_within_rounding
 
 OP = "merge_task_vectors"
-MASKS = ["all", "magnitude", "random"]
+MASKS = ["all", "magnitude", "random", "band"]
 ELECTIONS = ["none", "sum", "count"]
 # (shape, number of models): empty, one element, one model, odd sizes, many models, several blocks.
 CASES = [((0,), 2), ((1,), 3), ((33, 65), 1), ((2, 0, 4), 2), ((7, 11), 40), ((4099,), 3)]
@@ -38,12 +38,21 @@ def selection_for(mask, base, tensors, density=0.6):
     if mask == "magnitude":
         keep = [int(density * base.numel())] * len(tensors)
         return mergeme_ext.magnitude_threshold(base, tensors, keep)
+    if mask == "band":
+        keep = [int(share * base.numel()) for share in (0.8, 0.1) for _ in tensors]
+        cuts = mergeme_ext.magnitude_threshold(base, [*tensors, *tensors], keep)
+        return torch.cat(cuts.chunk(2), 1)
     return tensor64([[density - 0.1 * (m % 3), 0.0] for m in range(len(tensors))], base.device)
 
 
 def kept_for(mask, base, tensors, selection, key, offset=0):
     if mask == "magnitude":
         rows = [kept_by_cut(base, t, row) for t, row in zip(tensors, selection.cpu(), strict=True)]
+    elif mask == "band":
+        rows = [
+            kept_by_cut(base, t, row[:2]) & ~kept_by_cut(base, t, row[2:])
+            for t, row in zip(tensors, selection.cpu(), strict=True)
+        ]
     elif mask == "random":
         indices = range(offset, offset + base.numel())
         rows = [
@@ -255,7 +264,13 @@ BAD_INPUTS = [
     ("scales", lambda t: t[None], ValueError, r"expected scales of shape \[2\], got \[1, 2\]"),
     ("selection", lambda t: t.float(), TypeError, "expected selection to be float64, got float32"),
     ("selection", lambda t: t[:, 0], ValueError, r"selection of shape \[2, 2\], got \[2\]"),
-    ("mask", lambda t: "odd", ValueError, "expected mask to be all, magnitude or random, got odd"),
+    ("mask", lambda t: "band", ValueError, r"selection of shape \[2, 4\], got \[2, 2\]"),
+    (
+        "mask",
+        lambda t: "odd",
+        ValueError,
+        "expected mask to be all, magnitude, random or band, got odd",
+    ),
     ("elect", lambda t: "odd", ValueError, "expected elect to be none, sum or count, got odd"),
     ("offset", lambda t: -1, ValueError, r"expected offset in \[0, .*got -1"),
     (
@@ -346,6 +361,9 @@ def test_nan_shows_unless_dropped(backend, elect):
             selection = tensor64([[0.0, 0.0]] * 3, backend.device)
         out = run(backend, base, [first, second, third], selection, mask=mask, elect=elect)
         assert out.isnan().tolist() == [shows, shows, False]
+    band = tensor64([[2.0, 0.0, 0.5, 0.0]] * 3, backend.device)  # nothing but NaN
+    out = run(backend, base, [first, second, third], band, mask="band", elect=elect)
+    assert out.isnan().tolist() == [True, True, False] and out[2] == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

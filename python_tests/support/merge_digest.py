@@ -35,7 +35,11 @@ def digest():
             options = {"axis": axis, "offset": 7, "row_length": 79}
             for start in (None, base):
                 add(mergeme_ext.combine_rows(start, tensors, by_group, **options))
-        for mask, selection in (("all", cuts), ("magnitude", cuts), ("random", drops)):
+        add(mergeme_ext.drop_by_rank(base, tensors, drops, key=5, inverse_prob=True))
+        top = mergeme_ext.magnitude_threshold(base, tensors, [100, 200, 4])
+        band = torch.cat([cuts, top], 1)
+        selections = {"all": cuts, "magnitude": cuts, "random": drops, "band": band}
+        for mask, selection in selections.items():
             add(mergeme_ext.masked_norms(base, tensors, selection, mask=mask, key=5))
             for elect in ("none", "sum", "count"):
                 for normalize in (False, True):

@@ -37,3 +37,27 @@ def flat(tensor):
 def assert_close(out, reference, terms):
     value, size = (torch.tensor(x, dtype=torch.float64).view(out.shape) for x in reference)
     assert_within_rounding(out, value, size, terms=terms)
+
+
+def in_chunks(method, base, models, chunk, *, tensor_name="", **parameters):
+    """What ``method`` merges to when its function is given stretches of ``chunk`` elements."""
+    bound = method.bind(len(models), parameters)
+    combine = method.prepare(base, models, bound, tensor_name=tensor_name)
+    like, flats = models[0], [t.reshape(-1) for t in models]
+    if method.whole_rows:
+        chunk = max(1, chunk // like.shape[-1]) * like.shape[-1]
+    parts = []
+    for start in range(0, like.numel(), chunk):
+        stretch = slice(start, start + chunk)
+        flat_base = None if base is None else base.reshape(-1)[stretch]
+        parts.append(combine(flat_base, [t[stretch] for t in flats], start))
+    return torch.cat(parts).view_as(like)
+
+
+def terms_of(dtype, num_models):
+    """Roundings in a combination of models whose weights were found in float64.
+
+    Float64 inputs feel those of the weights too: of sums of the 117 elements that ``make`` gives,
+    and of a few functions of them.
+    """
+    return 2 * num_models + (500 if dtype == torch.float64 else 4)

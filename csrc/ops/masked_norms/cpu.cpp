@@ -10,8 +10,8 @@ constexpr int64_t kGrain = 8;  // blocks a thread is worth waking for
 
 at::Tensor run_cpu(const at::Tensor& base, at::TensorList tensors, const at::Tensor& selection,
                    std::string_view mask, int64_t key) {
-  check(base, tensors, selection);
   const Mask kind = mask_of(kOp, mask);
+  check(base, tensors, selection, kind);
   const at::Tensor from = base.contiguous();
   const HostModels models(tensors);
   const at::Tensor sel = selection.contiguous();

@@ -71,11 +71,13 @@ void sum_block(const Params& p, const Term<acc_t<T>>& term, uint32_t model, int6
       const uint32_t below = term.keep_below;
       for (int j = 0; j < n; ++j) kept[j] = random[j] < below ? bits[j] : 0;
     } else {
-      const int64_t ties = term.tie_end - i;
-      const int split = ties < 0 ? 0 : ties < n ? int(ties) : n;
-      const Bits before = term.cut_before, after = term.cut_after;
-      for (int j = 0; j < split; ++j) kept[j] = bits[j] >= before ? bits[j] : 0;
-      for (int j = split; j < n; ++j) kept[j] = bits[j] >= after ? bits[j] : 0;
+      const Cut<Acc> cut = term.cut, top = term.top;
+      const int split = cut.ties(i, n), top_split = top.ties(i, n);
+      for (int j = 0; j < split; ++j) kept[j] = bits[j] >= cut.before ? bits[j] : 0;
+      for (int j = split; j < n; ++j) kept[j] = bits[j] >= cut.after ? bits[j] : 0;
+      if (p.mask == Mask::kBand)
+        for (int j = 0; j < n; ++j)
+          kept[j] = in_band<Acc>(kept[j], 0, j < top_split ? top.before : top.after) ? kept[j] : 0;
     }
     add_rows(bits_buffer, kept_buffer, n, lanes);
   }

@@ -6,8 +6,8 @@ namespace {
 
 at::Tensor run_device(const at::Tensor& base, at::TensorList tensors, const at::Tensor& selection,
                       std::string_view mask, int64_t key) {
-  check(base, tensors, selection);
   const Mask kind = mask_of(kOp, mask);
+  check(base, tensors, selection, kind);
   const DeviceScope device(base);
   const at::Tensor from = base.contiguous();
   const DeviceModels models(tensors, {});

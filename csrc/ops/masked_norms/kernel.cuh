@@ -10,9 +10,9 @@ __global__ void prepare_kernel(Params p) {
   auto* terms = static_cast<Term<Acc>*>(p.terms);
   for (int64_t m = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; m < p.num_models;
        m += int64_t{gridDim.x} * blockDim.x) {
-    const double a = p.selection[2 * m], b = p.selection[2 * m + 1];
-    if (p.mask == Mask::kRandom) MERGEME_DEVICE_ASSERT(a >= 0 && a <= 1);
-    terms[m] = make_term<Acc>(p.tensors[m], 1.0, 1.0, p.mask, a, b);
+    const double* row = p.selection + m * selection_width(p.mask);
+    if (p.mask == Mask::kRandom) MERGEME_DEVICE_ASSERT(row[0] >= 0 && row[0] <= 1);
+    terms[m] = make_term<Acc>(p.tensors[m], 1.0, 1.0, p.mask, row);
   }
 }
 
@@ -50,11 +50,14 @@ __global__ void partials_kernel(Params p) {
         const int64_t i = first + j;
         const auto bits = magnitude_bits(to_acc(static_cast<const T*>(term.data)[i]) -
                                          to_acc(static_cast<const T*>(p.base)[i]));
+        const auto low = i < term.cut.tie_end ? term.cut.before : term.cut.after;
         bool kept;
         if (p.mask == Mask::kRandom)
           kept = ((shared.words[j / 2] >> (j % 2 * 16)) & 0xffffu) < term.keep_below;
+        else if (p.mask == Mask::kBand)
+          kept = in_band<Acc>(bits, low, i < term.top.tie_end ? term.top.before : term.top.after);
         else
-          kept = bits >= (i < term.tie_end ? term.cut_before : term.cut_after);
+          kept = bits >= low;
         const double x = magnitude_of(bits), masked = kept ? x : 0.0;
         sums[0] += x;
         sums[1] += x * x;

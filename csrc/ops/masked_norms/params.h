@@ -17,7 +17,7 @@ struct Params {
   double* out;                 // [M, 6]
   const void* base;            // [numel]
   const void* const* tensors;  // [M] -> [numel]
-  const double* selection;     // [M, 2]
+  const double* selection;     // [M, selection_width(mask)]
   void* terms;                 // [M] Term of the accumulation type: scratch
   double* partials;            // [M, blocks, 6]: scratch
   int64_t num_models;

@@ -17,7 +17,8 @@ inline Elect elect_of(std::string_view name) {
 
 // Runs first in every backend. Reads no element, so it never synchronises a stream.
 inline void check(const at::Tensor& base, at::TensorList tensors, const at::Tensor& weights,
-                  const at::Tensor& scales, const at::Tensor& selection, int64_t offset) {
+                  const at::Tensor& scales, const at::Tensor& selection, Mask mask,
+                  int64_t offset) {
   check_models(kOp, "base", base, tensors);
   const auto num_models = int64_t(tensors.size());
   for (const auto& [name, t] : {std::pair{"weights", &weights}, std::pair{"scales", &scales}}) {
@@ -25,7 +26,7 @@ inline void check(const at::Tensor& base, at::TensorList tensors, const at::Tens
     check_sizes(kOp, name, *t, {num_models});
     check_device(kOp, name, *t, base.device());
   }
-  check_selection(kOp, selection, num_models, base.device());
+  check_selection(kOp, selection, num_models, selection_width(mask), base.device());
   TORCH_CHECK_VALUE(offset >= 0 && offset <= std::numeric_limits<int64_t>::max() - base.numel(),
                     kOp, ": expected offset in [0, 2^63 - numel), got ", offset);
 }

@@ -10,8 +10,8 @@ at::Tensor run_cpu(const at::Tensor& base, at::TensorList tensors, const at::Ten
                    const at::Tensor& scales, const at::Tensor& selection, std::string_view mask,
                    int64_t key, int64_t offset, std::string_view elect, bool normalize,
                    double lam) {
-  check(base, tensors, weights, scales, selection, offset);
   const Mask kind = mask_of(kOp, mask);
+  check(base, tensors, weights, scales, selection, kind, offset);
   const Elect elected = elect_of(elect);
   const at::Tensor from = base.contiguous();
   const at::Tensor out = at::empty_like(from);

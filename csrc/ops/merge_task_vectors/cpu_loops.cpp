@@ -55,6 +55,17 @@ void add_random(const L* tensor, const Acc* base, const Term<Acc>& term,
                     [bits, below](int j, Acc) { return bits[j] < below; });
 }
 
+template <Elect kElect, typename L, typename Acc>
+void add_band(const L* tensor, const Acc* base, const Term<Acc>& term, int64_t index,
+              Sums<Acc>& sums, int n) {
+  const Cut<Acc> cut = term.cut, top = term.top;
+  const int ties = cut.ties(index, n), top_ties = top.ties(index, n);
+  add_model<kElect>(tensor, base, term, sums, n, [=](int j, Acc x) {
+    return in_band<Acc>(magnitude_bits(x), j < ties ? cut.before : cut.after,
+                        j < top_ties ? top.before : top.after);
+  });
+}
+
 // mix and the division and base + lam * mix, into `out`.
 template <Elect kElect, bool kNormalize, typename Acc>
 void finish(const Sums<Acc>& sums, const Acc* __restrict base, Acc lam, Acc divisor,
@@ -97,13 +108,16 @@ void merge(const Params& p, int64_t begin, int64_t end) {
       if (p.mask == Mask::kRandom) {
         add_random<kElect>(tensor, base, term, random_bits(p.key, uint32_t(m), index, n, words),
                            sums, n);
-      } else if (index + n <= term.tie_end || index >= term.tie_end ||
-                 term.cut_before == term.cut_after) {
-        add_cut<kElect>(tensor, base, term, index < term.tie_end ? term.cut_before : term.cut_after,
-                        sums, n);
+      } else if (p.mask == Mask::kBand) {
+        add_band<kElect>(tensor, base, term, index, sums, n);
+      } else if (index + n <= term.cut.tie_end || index >= term.cut.tie_end ||
+                 term.cut.before == term.cut.after) {
+        add_cut<kElect>(tensor, base, term,
+                        index < term.cut.tie_end ? term.cut.before : term.cut.after, sums, n);
       } else {  // the tie ends inside this block: at most once per model
         add_model<kElect>(tensor, base, term, sums, n, [&](int j, Acc x) {
-          return magnitude_bits(x) >= (index + j < term.tie_end ? term.cut_before : term.cut_after);
+          return magnitude_bits(x) >=
+                 (index + j < term.cut.tie_end ? term.cut.before : term.cut.after);
         });
       }
     }

@@ -7,8 +7,8 @@ at::Tensor run_device(const at::Tensor& base, at::TensorList tensors, const at::
                       const at::Tensor& scales, const at::Tensor& selection, std::string_view mask,
                       int64_t key, int64_t offset, std::string_view elect, bool normalize,
                       double lam) {
-  check(base, tensors, weights, scales, selection, offset);
   const Mask kind = mask_of(kOp, mask);
+  check(base, tensors, weights, scales, selection, kind, offset);
   const Elect elected = elect_of(elect);
   const DeviceScope device(base);
   const at::Tensor from = base.contiguous();

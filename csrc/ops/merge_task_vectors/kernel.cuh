@@ -12,9 +12,9 @@ __global__ void prepare_kernel(Params p) {
   auto* terms = static_cast<Term<Acc>*>(p.terms);
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   for (int64_t m = first; m < p.num_models; m += int64_t{gridDim.x} * blockDim.x) {
-    const double a = p.selection[2 * m], b = p.selection[2 * m + 1];
-    if (p.mask == Mask::kRandom) MERGEME_DEVICE_ASSERT(a >= 0 && a <= 1);
-    terms[m] = make_term<Acc>(p.tensors[m], p.weights[m], p.scales[m], p.mask, a, b);
+    const double* row = p.selection + m * selection_width(p.mask);
+    if (p.mask == Mask::kRandom) MERGEME_DEVICE_ASSERT(row[0] >= 0 && row[0] <= 1);
+    terms[m] = make_term<Acc>(p.tensors[m], p.weights[m], p.scales[m], p.mask, row);
   }
   if (first == 0) {
     double total = 0;
@@ -48,8 +48,8 @@ __global__ void merge_kernel(Params p) {
     for (int64_t m = 0; m < p.num_models; ++m) {
       const Term<Acc> term = terms[m];
       run.load(static_cast<const T*>(term.data), x);
-      const int64_t to_tie = term.tie_end - (p.offset + start);
-      const int ties = to_tie < 0 ? 0 : to_tie < kRun ? int(to_tie) : kRun;
+      const int ties = term.cut.ties(p.offset + start, kRun);
+      const int top_ties = term.top.ties(p.offset + start, kRun);
       PhiloxWords words{};
       if (p.mask == Mask::kRandom)
         words = drop_words(p.key, uint64_t(first_group + g), uint32_t(m));
@@ -60,7 +60,11 @@ __global__ void merge_kernel(Params p) {
         if (p.mask == Mask::kRandom) {
           kept = ((words.w[e / 2] >> (e % 2 * 16)) & 0xffffu) < term.keep_below;
         } else {
-          kept = magnitude_bits(delta) >= (e < ties ? term.cut_before : term.cut_after);
+          const auto bits = magnitude_bits(delta),
+                     low = e < ties ? term.cut.before : term.cut.after;
+          kept = p.mask == Mask::kBand
+                     ? in_band<Acc>(bits, low, e < top_ties ? term.top.before : term.top.after)
+                     : bits >= low;
         }
         const Acc v = kept ? term.coefficient * delta : Acc(0);
         if constexpr (kElect == Elect::kNone) {

@@ -14,7 +14,7 @@ struct Params {
   const void* const* tensors;  // [M] -> [numel]
   const double* weights;       // [M]
   const double* scales;        // [M]
-  const double* selection;     // [M, 2]
+  const double* selection;     // [M, selection_width(mask)]
   void* terms;                 // [M] Term of the accumulation type: scratch
   double* total;               // [1] sum of weights: scratch
   int64_t num_models;
