@@ -15,6 +15,7 @@ __all__ = ["main"]
 COMMANDS = (
     "merge",
     "moe",
+    "inspect",
     "info",
     "demo",
 )

@@ -32,6 +32,7 @@ class Figures:
 
     Attributes:
         numel: Number of elements.
+        usable: Number of elements that are finite in the base and in all models.
         base_square: Sum of squares of the base (0 without one).
         gram: Inner products <x_i, x_j>, M rows of M.
         l1: Sum of magnitudes of each x.
@@ -43,6 +44,7 @@ class Figures:
     """
 
     numel: int
+    usable: int
     base_square: float
     gram: tuple[tuple[float, ...], ...]
     l1: tuple[float, ...]
@@ -60,7 +62,7 @@ class Figures:
         none, pairs = (0,) * num_models, (0,) * len(pairs_of(num_models))
         gram = ((0.0,) * num_models,) * num_models
         nothing = (0.0,) * num_models
-        return cls(0, 0.0, gram, nothing, nothing, none, 0, 0, pairs, pairs, (0, *none))
+        return cls(0, 0, 0.0, gram, nothing, nothing, none, 0, 0, pairs, pairs, (0, *none))
 
     def __add__(self, other: "Figures") -> "Figures":
         def add(a: tuple, b: tuple) -> tuple:
@@ -68,6 +70,7 @@ class Figures:
 
         return Figures(
             self.numel + other.numel,
+            self.usable + other.usable,
             self.base_square + other.base_square,
             tuple(add(a, b) for a, b in zip(self.gram, other.gram, strict=True)),
             add(self.l1, other.l1),
@@ -98,7 +101,7 @@ class Figures:
     @property
     def unchanged(self) -> tuple[float, ...]:
         """Share in [0, 1] of elements where x is exactly zero, of each model."""
-        return tuple(1 - _ratio(n, self.numel) for n in self.changed)
+        return tuple(1 - _ratio(n, self.usable) for n in self.changed)
 
     @property
     def cosine(self) -> tuple[float, ...]:
@@ -130,6 +133,7 @@ class Figures:
 
         return {
             "numel": self.numel,
+            "usable": self.usable,
             "cosine": listed(self.cosine),
             "sign_conflict": listed((self.sign_conflict,))[0],
             "pair_sign_conflict": listed(self.pair_sign_conflict),
@@ -169,8 +173,11 @@ def measure(base: Tensor | None, tensors: Sequence[Tensor]) -> Figures:
     deltas = [torch.where(usable, d, 0.0) for d in deltas]
     wide_base = None if wide_base is None else torch.where(usable, wide_base, 0.0)
     counts = tuple(f.numel() - int(torch.count_nonzero(f)) for f in finite)
-    figures = _sums(wide_base, deltas)
-    return replace(figures, non_finite=(0, *counts) if base is None else counts)
+    return replace(
+        _sums(wide_base, deltas),
+        usable=_count(usable),
+        non_finite=(0, *counts) if base is None else counts,
+    )
 
 
 def _sums(base: Tensor | None, deltas: Sequence[Tensor]) -> Figures:
@@ -192,6 +199,7 @@ def _sums(base: Tensor | None, deltas: Sequence[Tensor]) -> Figures:
     magnitudes = [delta.abs() for delta in deltas]
     return Figures(
         numel=deltas[0].numel(),
+        usable=deltas[0].numel(),
         base_square=0.0 if base is None else _sum(base * base),
         gram=tuple(map(tuple, gram)),
         l1=tuple(_sum(a) for a in magnitudes),

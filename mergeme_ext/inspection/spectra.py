@@ -22,7 +22,7 @@ __all__ = [
 
 TOP = 8
 # A block of vectors a little wider than what is wanted, multiplied by x^T x this often.
-WIDTH, PASSES = TOP + 4, 4
+WIDTH, PASSES = TOP + 4, 6
 METHOD = (
     f"block Krylov iteration on x^T x: {PASSES} passes over the rows with {WIDTH} seeded random "
     "vectors, then Rayleigh-Ritz, all in float64 (Musco and Musco 2015, arXiv:1504.05477); "

@@ -41,7 +41,7 @@ def digest():
         selections = {"all": cuts, "magnitude": cuts, "random": drops, "band": band}
         for mask, selection in selections.items():
             add(mergeme_ext.masked_norms(base, tensors, selection, mask=mask, key=5))
-            for elect in ("none", "sum", "count"):
+            for elect in ("none", "sum", "count", "unweighted"):
                 for normalize in (False, True):
                     options = {"mask": mask, "key": 5, "offset": 3, "elect": elect}
                     options |= {"normalize": normalize, "lam": 0.3}
