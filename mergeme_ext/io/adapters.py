@@ -282,6 +282,15 @@ class AdaptedSource:
         return dict(self._dropped)
 
     @property
+    def applied(self) -> dict[str, str]:
+        """The adapter's tensors, and which tensor of the model each changes or replaces."""
+        out = {stored: name for name, stored in self._replaced.items()}
+        for module, parts in self._lora.items():
+            for part, stored in parts.items():
+                out[stored] = f"{module}.{'bias' if part == 'bias' else 'weight'}"
+        return out
+
+    @property
     def config(self) -> dict[str, Any]:
         """A copy of the base's ``config.json``, with the adapter's vocabulary size."""
         return json.loads(json.dumps(self._config))

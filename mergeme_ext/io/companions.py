@@ -14,6 +14,7 @@ from mergeme_ext.io.source import CheckpointSource
 
 __all__ = ["copy_companions", "portable_name", "with_dtype"]
 
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 # config.json and README.md are written, not copied: the merge changes what they say.
 COMPANIONS = (
     "generation_config.json",
@@ -53,11 +54,17 @@ def copy_companions(
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return ``config`` with ``dtype`` in it, under whichever of its two names it uses."""
+    """Return ``config`` with ``dtype`` in it, under whichever of its two names it uses.
+
+    Parts of it that describe modules get it too, where they name a dtype.
+    """
     out = json.loads(json.dumps(config))
     if dtype is not None and out:
-        keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
+        keys = [key for key in _DTYPE_KEYS if key in out] or ["dtype"]
         out.update(dict.fromkeys(keys, dtype_name(dtype)))
+        for key, part in out.items():
+            if key.endswith("_config") and isinstance(part, dict) and part.keys() & {*_DTYPE_KEYS}:
+                out[key] = with_dtype(part, dtype)
     return out
 
 

@@ -374,20 +374,23 @@ class _Planner:
         dropped: dict[ModelRef, dict[str, str]] = {}
         for ref, source in self.sources.items():
             reasons = {**source.dropped, **layout.left_out.get(ref, {})}
-            for name in layout.leftovers.get(ref, ()):
-                if not any(fnmatch.fnmatchcase(name, p) for p in self.allow.leftovers):
-                    count = len(layout.leftovers[ref])
-                    more = f" and {count - 1} more" if count > 1 else ""
-                    raise CheckpointError(
-                        f"{self.labels[ref]}: tensor {name!r}{more} would not get into the result; "
-                        "allow it to stay out by name if that is what you want"
-                    )
-                reasons[name] = "allowed to stay out"
+            leftovers = layout.leftovers.get(ref, ())
+            refused = [name for name in leftovers if not self._may_stay_out(name)]
+            if refused:
+                more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+                raise CheckpointError(
+                    f"{self.labels[ref]}: tensor {refused[0]!r}{more} would not get into the "
+                    "result; allow it to stay out by name if that is what you want"
+                )
+            reasons |= dict.fromkeys(leftovers, "allowed to stay out")
             if ref == self.spec.base and ref not in self.spec.models and not self.method.takes_base:
                 why = f"{self.method.name} does not look at the base"
                 reasons |= dict.fromkeys(source.names, why)
             dropped[ref] = reasons
         return dropped
+
+    def _may_stay_out(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.allow.leftovers)
 
     def _plan_vocabulary(self) -> "Vocabulary | None":
         wanted = self.spec.tokenizer
@@ -455,7 +458,10 @@ class _Planner:
         operands = self._fit(assignment.name, refs, operands)
         least = torch.float64 if self.spec.dtype == torch.float64 else None
         operands = of_one_dtype(operands, least)
-        dtype = self.spec.result_dtype or self.sources[refs[0]].default_dtype(names[0])
+        home = (refs[0], names[0])
+        if assignment.base is not None:  # also if the method looks at the models only
+            home = (self.spec.base, assignment.base)
+        dtype = self.spec.result_dtype or self.sources[home[0]].default_dtype(home[1])
         parameters = self._try(assignment, len(assignment.models))
         base = operands.pop(0) if use_base else None
         return self._planned(assignment, refs, operands, dtype, parameters, base=base)

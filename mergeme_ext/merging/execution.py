@@ -386,7 +386,7 @@ def check_finite(chunk: Tensor, offset: int, tensor: PlannedTensor, label: str |
     if first < 0:
         return
     value = chunk[first].item()
-    index = [int(i) for i in np.unravel_index(offset + first, tensor.shape or (1,))]
+    index = [int(i) for i in np.unravel_index(offset + first, tensor.shape)]
     if label is not None:
         raise CheckpointError(
             f"{label}: tensor {tensor.name!r} holds {value} at {index}; mend the model, or let it "

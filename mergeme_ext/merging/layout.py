@@ -136,7 +136,8 @@ class _Planner:
             else:
                 self.merge_whole(module)
         made = {assignment.name for assignment in self.assignments}
-        if self.config and HEAD in made and self.config.get("tie_word_embeddings"):
+        tied = self.aliases[self.spec.lead].get(HEAD) == EMBEDDING
+        if self.config and HEAD in made and (tied or self.config.get("tie_word_embeddings")):
             self.config["tie_word_embeddings"] = False
         self.note_bases_parameters()
         self.note_idle_filters()
@@ -546,28 +547,38 @@ def resolve_heads(
     """Return, for each model, the tensors it stands for: from name to the name it is stored under.
 
     They differ for the LM head only. If all heads are tied to the embedding, none has a head of
-    its own; if one has, a tied one stands for its embedding under the head's name.
+    its own; if one has, a tied one stands for its embedding under the head's name. Configurations
+    may leave it to the kind of model whether heads are tied, so a model that says nothing is tied
+    if it stores no head, or one that equals the embedding while another model stores none.
 
     Raises:
         CheckpointError: A head is tied by its configuration but differs from the embedding.
     """
     resolved = {}
+    tied = {model for model, source in sources.items() if _is_tied(source)}
+    headless = any(HEAD not in sources[model] for model in tied)
     for model, source in sources.items():
         found = {name: name for name in source.names}
-        if HEAD in found and _is_tied(source):
-            if not same_values(source.operand(HEAD), source.operand(EMBEDDING)):
+        silent = source.config.get("tie_word_embeddings") is None and EMBEDDING in found
+        if HEAD in found and (model in tied or (silent and headless)):
+            if same_values(source.operand(HEAD), source.operand(EMBEDDING)):
+                del found[HEAD]
+                tied.add(model)
+            elif model in tied:
                 raise CheckpointError(
                     f"{model}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
                     "set tie_word_embeddings to false there if the head is meant to be its own"
                 )
-            del found[HEAD]
         resolved[model] = found
     if any(HEAD in found for found in resolved.values()):
         for model, found in resolved.items():
-            if HEAD not in found and _is_tied(sources[model]):
+            if HEAD not in found and model in tied:
                 found[HEAD] = EMBEDDING
     return resolved
 
 
 def _is_tied(source: CheckpointSource) -> bool:
-    return source.config.get("tie_word_embeddings") is True and EMBEDDING in source
+    """Whether the configuration ties the head, or says nothing and there is none."""
+    said = source.config.get("tie_word_embeddings")
+    silent = said is None and "model_type" in source.config and HEAD not in source
+    return (said is True or silent) and EMBEDDING in source

@@ -1,0 +1,508 @@
+"""Whole merges of checkpoints as they are released: every format, layout and oddity in turn."""
+
+import json
+import math
+
+import pytest
+import safetensors.torch
+import torch
+
+from mergeme_ext.cli import main
+from mergeme_ext.io import CheckpointError, CheckpointSource
+from mergeme_ext.merging import Allowances, Execution, merge
+from mergeme_ext.merging import execution as execution_module
+from python_tests.references import lora as lora_reference
+from python_tests.references.fp8 import dequantise, e4m3
+from python_tests.support.checkpoints import CONFIG, llama_tensors, save
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE = "model.layers.0.mlp.gate_proj.weight"
+LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0.5}\n"
+TASK = (
+    "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}]\n"
+    "parameters: {weight: 0.5}\n"
+)
+COPY = "merge_method: passthrough\nmodels: [{model: %s}]\n"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(text, out="out", **options):
+    """Merge by a recipe; return the plan."""
+    with open("r.yaml", "w") as file:
+        file.write(text)
+    return merge("r.yaml", out, **options)
+
+
+def tensors_of(folder):
+    source = CheckpointSource(folder)
+    return {name: source.tensor(name) for name in source.names}
+
+
+def mean(a, b, dtype=torch.float32):
+    return (0.5 * a.double() + 0.5 * b.double()).to(dtype)
+
+
+def folder_bytes(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def check_account(out, *models):
+    """Every tensor on disk of ``models`` is in the report just once, used or dropped."""
+    report = json.loads((out / "mergeme_report.json").read_text())
+    for model in models:
+        on_disk = []
+        for file in model.glob("*.safetensors"):
+            with safetensors.safe_open(file, "pt") as opened:
+                on_disk += opened.keys()
+        account = report["inputs"][model.name]
+        assert sorted([*account["used"], *account["dropped"]]) == sorted(on_disk)
+    return report
+
+
+# FP8
+
+
+def fp8_model(folder, seed, *, block, names=(GATE,), **config):
+    """A bfloat16 model with some weights in FP8; return all its values."""
+    tensors = llama_tensors(seed, torch.bfloat16)
+    values = dict(tensors)
+    g = torch.Generator().manual_seed(seed)
+    for name in names:
+        rows, columns = tensors[name].shape
+        codes = (torch.randint(0, 120, (rows, columns), generator=g)).to(torch.uint8)
+        codes |= torch.randint(0, 2, (rows, columns), generator=g).to(torch.uint8) << 7
+        tensors[name] = codes.view(torch.float8_e4m3fn)
+        numbers = [[e4m3(int(code)) for code in row] for row in codes]
+        if block is None:
+            scale = torch.rand((), generator=g)
+            tensors[name + "_scale"] = scale
+            grid, sizes = [[scale.item()]], (rows, columns)
+        else:
+            scale = torch.rand(-(-rows // block[0]), -(-columns // block[1]), generator=g)
+            tensors[name + "_scale_inv"] = scale
+            grid, sizes = scale.tolist(), block
+        exact = torch.tensor(dequantise(numbers, grid, sizes), dtype=torch.float64)
+        values[name] = exact.float()
+    config = {"dtype": "bfloat16", **config}
+    save(folder, tensors, config)
+    return values
+
+
+BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [7, 5]}}
+WHOLE = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+
+
+@pytest.mark.parametrize("block", [(7, 5), None], ids=["ragged blocks", "tensor scale"])
+def test_fp8_base_and_bfloat16_expert(here, block):
+    """The expert is bfloat16, so the result is; its task vector is taken from exact values."""
+    down = GATE.replace("gate", "down")
+    config = WHOLE if block is None else BLOCKS
+    base = fp8_model(here / "base", 0, block=block, names=[GATE, down], **config)
+    expert = llama_tensors(1, torch.bfloat16)
+    save(here / "a", expert, {"dtype": "bfloat16"})
+    run(TASK)
+    out = tensors_of(here / "out")
+    assert out.keys() == expert.keys()
+    for name, tensor in out.items():
+        b, a = base[name].double(), expert[name].double()
+        assert torch.equal(tensor, (b + 0.5 * (a - b)).float().bfloat16()), name
+    written = json.loads((here / "out/config.json").read_text())
+    assert "quantization_config" not in written and written["dtype"] == "bfloat16"
+    report = check_account(here / "out", here / "base", here / "a")
+    scales = [n for n in report["inputs"]["base"]["dropped"] if "_scale" in n]
+    assert len(scales) == 2
+
+
+def test_fp8_models_of_different_scales_merge(here):
+    a = fp8_model(here / "a", 0, block=(7, 5), **BLOCKS)
+    b = fp8_model(here / "b", 1, block=None, **WHOLE)
+    run(LINEAR + "dtype: float32\n")
+    out = tensors_of(here / "out")
+    assert all(torch.equal(out[n], mean(a[n], b[n])) for n in out)
+    run(COPY % "a", "copy")
+    copy = tensors_of(here / "copy")
+    assert all(torch.equal(copy[n], a[n].bfloat16()) for n in copy)
+
+
+# Memory
+
+
+def wide_model(folder, seed, rows, **config):
+    tensors = llama_tensors(seed, torch.bfloat16, vocab=rows, hidden=64)
+    save(folder, tensors, {"dtype": "bfloat16", "vocab_size": rows, "hidden_size": 64, **config})
+    return tensors
+
+
+@pytest.mark.slow
+def test_a_large_embedding_in_chunks_under_little_memory(here):
+    """[60000, 64]: several chunks for one thread, more for three, the same bytes."""
+    for seed, name in enumerate(("base", "a", "b")):
+        wide_model(here / name, seed, 60000)
+    recipe = TASK.replace("{model: a}", "{model: a}, {model: b}").replace(
+        "task_arithmetic", "dare_ties"
+    )
+    (here / "r.yaml").write_text(recipe.replace("0.5}", "0.5, density: 0.4}"))
+    plain = ["merge", "r.yaml", "-q", "--no-model-check", "--max-memory", "64MiB"]
+    for threads in ("1", "3"):
+        assert main([*plain, f"out{threads}", "--threads", threads]) == 0
+    assert folder_bytes(here / "out1") == folder_bytes(here / "out3")
+    run((here / "r.yaml").read_text())
+    assert folder_bytes(here / "out1") == folder_bytes(here / "out")
+
+
+@pytest.mark.slow
+def test_computed_tensors_too_large_for_memory(here, monkeypatch):
+    """An FP8 embedding of 5 M elements: 20 MB as float32, 16 MiB of 64 may be held."""
+    codes = torch.randint(0, 120, (80000, 64), dtype=torch.uint8)
+    for name in ("base", "a"):
+        tensors = wide_model(here / name, 1, 80000, **BLOCKS)
+        tensors[EMBEDDING] = codes.view(torch.float8_e4m3fn)
+        tensors[EMBEDDING + "_scale_inv"] = torch.rand(math.ceil(80000 / 7), 13)
+        save(here / name, tensors, {"vocab_size": 80000, "hidden_size": 64, **BLOCKS})
+        codes = codes.flip(0)
+    laid_out = []
+
+    def lay_out(operand, *, folder, in_memory):
+        if operand.stored() is None:
+            size = math.prod(operand.shape) * operand.dtype.itemsize
+            laid_out.append(size <= in_memory)
+        return original(operand, folder=folder, in_memory=in_memory)
+
+    original = execution_module.lay_out
+    monkeypatch.setattr(execution_module, "lay_out", lay_out)
+    recipe = TASK.replace("task_arithmetic", "ties").replace("0.5}", "1, density: 0.3}")
+    run(recipe, "small", execution=Execution(threads=1, max_memory=2**26))
+    assert False in laid_out
+    laid_out.clear()
+    run(recipe, "large", execution=Execution(threads=1, max_memory=2**30))
+    assert False not in laid_out
+    assert folder_bytes(here / "small") == folder_bytes(here / "large")
+
+
+# Files
+
+
+def split(tensors, parts):
+    names = sorted(tensors)
+    return [{n: tensors[n] for n in names[i::parts]} for i in range(parts)]
+
+
+def save_sharded(folder, tensors, parts, *, pickled=False, config=None):
+    """Shards with an index, as transformers names them."""
+    folder.mkdir()
+    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    weight_map = {}
+    for i, part in enumerate(split(tensors, parts), 1):
+        file = f"{stem}-{i:05d}-of-{parts:05d}.{suffix}"
+        if pickled:
+            torch.save(part, folder / file)
+        else:
+            safetensors.torch.save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+
+
+def save_pickled(folder, tensors):
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+WAYS = {
+    "bin": save_pickled,
+    "sharded bin": lambda folder, t: save_sharded(folder, t, 3, pickled=True),
+    "two shards": lambda folder, t: save_sharded(folder, t, 2),
+    "five shards": lambda folder, t: save_sharded(folder, t, 5),
+}
+
+
+@pytest.mark.parametrize("second", WAYS)
+@pytest.mark.parametrize("first", ["bin", "two shards"])
+def test_files_of_any_kind_merge_alike(here, first, second):
+    a, b = llama_tensors(0), llama_tensors(1)
+    WAYS[first](here / "a", a)
+    WAYS[second](here / "b", b)
+    run(LINEAR, max_shard_size="4KB")
+    out = tensors_of(here / "out")
+    assert out.keys() == a.keys()
+    assert all(torch.equal(out[n], mean(a[n], b[n])) for n in out)
+
+
+# LoRA
+
+Q, EMBED = "model.layers.1.self_attn.q_proj", "model.embed_tokens"
+
+
+def save_adapter(folder, seed, targets, *, rank=4, alpha=8, embeddings=()):
+    """An adapter in PEFT's format; return its matrices as [out, in] updates, exact in float32."""
+    g = torch.Generator().manual_seed(seed)
+    tensors, updates = {}, {}
+    for module, (rows, columns) in targets.items():
+        a = torch.randint(-4, 5, (rank, columns), generator=g) / 16
+        b = torch.randint(-4, 5, (rows, rank), generator=g) / 16
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+        updates[f"{module}.weight"] = lora_reference.update(a, b, alpha / rank)
+    folder.mkdir()
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": [*targets]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return updates
+
+
+TARGETS = {Q: (16, 16), "model.layers.0.mlp.down_proj": (16, 24)}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "one file"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_are_applied_as_peft_merges_them(here, way, dtype):
+    """Numbers are multiples of 1/128 or so, hence exact, and only the store rounds."""
+    tensors = llama_tensors(0, dtype)
+    WAYS.get(way, save)(here / "base", tensors)
+    updates = save_adapter(here / "lora", 1, TARGETS)
+    run(COPY % "base+lora")
+    out = tensors_of(here / "out")
+    assert out.keys() == tensors.keys()
+    for name, tensor in out.items():
+        exact = tensors[name].double() + updates.get(name, 0)
+        assert torch.equal(tensor, exact.to(dtype)), name
+        assert (name in updates) != torch.equal(tensor, tensors[name])
+
+
+def test_an_adapter_beside_a_plain_model(here):
+    """The task vector of the adapter is its update, whatever the other model does."""
+    base, other = llama_tensors(0, torch.bfloat16), llama_tensors(2, torch.bfloat16)
+    save_sharded(here / "base", base, 3, config={"dtype": "bfloat16"})
+    save(here / "other", other, {"dtype": "bfloat16"})
+    updates = save_adapter(here / "lora", 1, TARGETS)
+    run(
+        "merge_method: task_arithmetic\nbase_model: base\n"
+        "models:\n- {model: base+lora, parameters: {weight: 0.5}}\n"
+        "- {model: other, parameters: {weight: 0.25}}\n"
+    )
+    out = tensors_of(here / "out")
+    for name, tensor in out.items():
+        b = base[name].double()
+        exact = b + 0.5 * updates.get(name, torch.zeros(())) + 0.25 * (other[name].double() - b)
+        assert torch.equal(tensor, exact.bfloat16()), name
+    report = check_account(here / "out", here / "base", here / "other")
+    adapted = report["inputs"]["base+lora"]
+    assert sorted(adapted["used"]) == sorted(base) and not adapted["dropped"]
+    stored = safetensors.torch.load_file(here / "lora/adapter_model.safetensors")
+    assert adapted["adapter"] == {n: n.split(".lora_")[0][17:] + ".weight" for n in stored}
+
+
+def test_an_adapter_on_fp8(here):
+    base = fp8_model(here / "base", 0, block=(7, 5), names=[GATE], **BLOCKS)
+    updates = save_adapter(here / "lora", 1, {GATE.removesuffix(".weight"): (24, 16)})
+    run(COPY % "base+lora" + "dtype: float32\n")
+    # Both sums are rounded: code times scale, then plus the update.
+    exact = (base[GATE].double() + updates[GATE]).float()
+    assert torch.equal(tensors_of(here / "out")[GATE], exact)
+
+
+# Dtypes
+
+
+def test_a_buffer_that_is_float32_everywhere_stays_so(here):
+    """Routers' corrections and the like: no dtype asked, none imposed; one asked, all cast."""
+    bias = "model.layers.0.mlp.gate.e_score_correction_bias"
+    tensors = [llama_tensors(s, torch.bfloat16) | {bias: torch.rand(4)} for s in range(2)]
+    for name, t in zip("ab", tensors, strict=True):
+        save(here / name, t, {"dtype": "bfloat16"})
+    run(LINEAR)
+    out = tensors_of(here / "out")
+    assert torch.equal(out[bias], mean(*(t[bias] for t in tensors)))
+    assert {t.dtype for n, t in out.items() if n != bias} == {torch.bfloat16}
+    assert json.loads((here / "out/config.json").read_text())["dtype"] == "bfloat16"
+    for key in ("dtype", "out_dtype"):
+        run(LINEAR + f"{key}: bfloat16\n", key)
+        assert {t.dtype for t in tensors_of(here / key).values()} == {torch.bfloat16}
+
+
+def test_dtype_and_out_dtype(here):
+    """Whatever dtype is, float32 is computed in; out_dtype is what is stored and what config says.
+
+    In float64 a sum may differ from float32's.
+    """
+    a, b = ({n: torch.randn(t.shape) for n, t in llama_tensors(s).items()} for s in range(2))
+    save(here / "a", a)
+    save(here / "b", b)
+    weights = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 0.3}}\n"
+    weights += "- {model: b, parameters: {weight: 0.7}}\n"
+    run(weights + "dtype: float64\nout_dtype: float16\n")
+    run(weights + "dtype: float16\nout_dtype: float32\n", "single")
+    run(weights, "plain")
+    for name, tensor in tensors_of(here / "out").items():
+        exact = (0.3 * a[name].double() + 0.7 * b[name].double()) / (0.3 + 0.7)
+        assert torch.equal(tensor, exact.half()), name
+    assert json.loads((here / "out/config.json").read_text())["dtype"] == "float16"
+    single, plain = tensors_of(here / "single"), tensors_of(here / "plain")
+    assert all(torch.equal(single[n], plain[n]) for n in plain)
+
+
+def test_the_dtype_left_out_is_the_bases(here):
+    """Also of a method that does not look at the base, as config.json is the base's."""
+    save(here / "base", llama_tensors(0))
+    for seed, name in enumerate("ab", 1):
+        save(here / name, llama_tensors(seed, torch.bfloat16), {"dtype": "bfloat16"})
+    run(LINEAR + "base_model: base\n")
+    assert {t.dtype for t in tensors_of(here / "out").values()} == {torch.float32}
+    assert json.loads((here / "out/config.json").read_text())["dtype"] == "float32"
+
+
+# Tied heads
+
+
+def gemma_like(seed, **changes):
+    tensors = llama_tensors(seed, head=False)
+    return tensors | {k: v(tensors) for k, v in changes.items()}
+
+
+def without(folder, key):
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("says", [True, None], ids=["says so", "says nothing"])
+def test_a_tied_model_and_one_that_carries_its_head(here, says):
+    """Gemma's config.json leaves tie_word_embeddings to its default, which is to tie."""
+    copy = {HEAD: lambda t: t[EMBEDDING].clone()}
+    a, b = gemma_like(0), gemma_like(1, **copy)
+    for name, tensors in (("a", a), ("b", b)):
+        save(here / name, tensors, {"model_type": "gemma", "tie_word_embeddings": says})
+        if says is None:
+            without(here / name, "tie_word_embeddings")
+    for text, out in ((LINEAR, "out"), (LINEAR.replace("{model: a}, ", "") + "base_model: a", "o")):
+        run(text, out)
+        assert HEAD not in tensors_of(here / out)
+        report = check_account(here / out, here / "a", here / "b")
+        assert report["inputs"]["b"]["dropped"] == {HEAD: f"it is tied to {EMBEDDING}"}
+    out = tensors_of(here / "out")
+    assert all(torch.equal(out[n], mean(a[n], b[n])) for n in a)
+
+
+@pytest.mark.parametrize("says", [True, None], ids=["says so", "says nothing"])
+def test_a_tied_model_and_one_with_a_head_of_its_own(here, says):
+    a, b = gemma_like(0), gemma_like(1, **{HEAD: lambda t: t[EMBEDDING] + 1})
+    save(here / "a", a, {"tie_word_embeddings": True})
+    if says is None:
+        without(here / "a", "tie_word_embeddings")
+    save(here / "b", b)
+    run(LINEAR)
+    out = tensors_of(here / "out")
+    assert torch.equal(out[HEAD], mean(a[EMBEDDING], b[HEAD]))
+    assert torch.equal(out[EMBEDDING], mean(a[EMBEDDING], b[EMBEDDING]))
+    assert json.loads((here / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+# What is not a number
+
+
+def spoilt(value, dtype=torch.float32):
+    tensors = llama_tensors(1, dtype)
+    tensors[GATE][3, 5] = value
+    return tensors
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        LINEAR,
+        COPY % "b",
+        TASK.replace("base_model: base", "base_model: a").replace("[{model: a}]", "[{model: b}]"),
+        "merge_method: model_stock\nbase_model: a\nmodels: [{model: b}, {model: c}]\n",
+    ],
+    ids=["linear", "passthrough", "task_arithmetic", "model_stock"],
+)
+def test_what_is_not_finite_is_named(here, recipe, value):
+    for name, tensors in (("a", llama_tensors(0)), ("b", spoilt(value)), ("c", llama_tensors(2))):
+        save(here / name, tensors)
+    message = rf"^b: tensor '{GATE}' holds {value} at \[3, 5\]; mend the model, or let it through"
+    with pytest.raises(CheckpointError, match=message):
+        run(recipe)
+    assert not (here / "out").exists() and not (here / ".out.partial").exists()
+    run(recipe, execution=Execution(allow_nonfinite=True))
+    out = tensors_of(here / "out")
+    assert not out[GATE][3, 5].isfinite()
+    assert all(t.isfinite().all() for n, t in out.items() if n != GATE)
+
+
+def test_the_command_line_lets_it_through(here, capsys):
+    save(here / "a", spoilt(math.nan))
+    (here / "r.yaml").write_text(COPY % "a")
+    plain = ["merge", "r.yaml", "out", "-q", "--no-model-check"]
+    assert main(plain) == 2
+    assert f"a: tensor '{GATE}' holds nan at [3, 5]" in capsys.readouterr().err
+    assert main([*plain, "--allow-nonfinite"]) == 0
+
+
+def test_what_float16_cannot_hold_is_refused(here):
+    save(here / "a", spoilt(70000.0, torch.bfloat16), {"dtype": "bfloat16"})
+    message = rf"merged tensor '{GATE}' would hold inf at \[3, 5\]: too large for float16"
+    with pytest.raises(CheckpointError, match=message):
+        run(COPY % "a" + "out_dtype: float16\n")
+    run(COPY % "a")
+    assert tensors_of(here / "out")[GATE][3, 5] == torch.tensor(70000.0).bfloat16()
+
+
+# Odd tensors
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_numbers_without_shape_empty_tensors_and_counters(here, dtype):
+    odd = {
+        "model.scale": torch.tensor(0.75),
+        "model.none": torch.empty(0, 5),
+        "model.no_columns": torch.empty(4, 0),
+        "model.position_ids": torch.arange(7)[None],
+        "model.mask": torch.tensor([True, False]),
+        "model.steps": torch.tensor(3, dtype=torch.int32),
+    }
+    a, b = ({**llama_tensors(s), **odd} for s in range(2))
+    b["model.scale"] = torch.tensor(0.25)
+    save(here / "a", a)
+    save(here / "b", b)
+    run(LINEAR + (f"dtype: {dtype}\n" if dtype else ""))
+    out = tensors_of(here / "out")
+    assert out["model.scale"] == 0.5 and out["model.scale"].shape == ()
+    for name in ("model.none", "model.no_columns"):
+        assert out[name].shape == odd[name].shape
+        assert out[name].dtype == (torch.bfloat16 if dtype else torch.float32)
+    for name in ("model.position_ids", "model.mask", "model.steps"):
+        assert torch.equal(out[name], odd[name]) and out[name].dtype == odd[name].dtype
+    report = check_account(here / "out", here / "a", here / "b")
+    assert report["tensors"]["model.mask"]["action"] == "copied"
+
+
+def test_a_bad_number_without_shape_is_named(here):
+    save(here / "a", llama_tensors(0) | {"model.scale": torch.tensor(math.nan)})
+    with pytest.raises(CheckpointError, match=r"a: tensor 'model.scale' holds nan at \[\]"):
+        run(COPY % "a")
+
+
+def test_leftovers_are_an_error_unless_allowed(here, capsys):
+    save(here / "a", llama_tensors(0))
+    extra = {"model.layers.0.extra.weight": torch.ones(2), "value_head.weight": torch.ones(2)}
+    save(here / "b", llama_tensors(1) | extra)
+    with pytest.raises(
+        CheckpointError,
+        match=r"^b: tensor 'model.layers.0.extra.weight' and 1 more would not get into the result",
+    ):
+        run(LINEAR)
+    plain = ["merge", "r.yaml", "out", "-q", "--no-model-check"]
+    assert main([*plain, "--allow-leftover", "*.extra.*"]) == 2
+    assert "b: tensor 'value_head.weight' would not get into" in capsys.readouterr().err
+    assert main([*plain, "--allow-leftover", "*.extra.*", "--allow-leftover", "value_head.*"]) == 0
+    report = check_account(here / "out", here / "a", here / "b")
+    assert report["inputs"]["b"]["dropped"] == dict.fromkeys(extra, "allowed to stay out")
+    run(LINEAR, "also", allow=Allowances(leftovers=["*"]))
