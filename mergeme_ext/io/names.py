@@ -9,11 +9,13 @@ from typing import Any
 __all__ = [
     "EMBEDDING",
     "HEAD",
+    "HEAD_BIAS",
     "LAYER_WORDS",
     "MODULES",
     "Part",
     "PartKind",
     "dense_shapes",
+    "expert_storage",
     "ffn_name",
     "is_before_layers",
     "is_rotary_table",
@@ -26,6 +28,7 @@ __all__ = [
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
 # Decoders whose tensors are named as below; Mistral differs from LLaMA only in its config.
 MODEL_TYPES = ("llama", "mistral")
 
@@ -68,6 +71,7 @@ _BEFORE_LAYERS = re.compile(
     r"(^|\.)(embed|embedding|embeddings|embed_tokens\w*|embed_in|embed_positions|emb_norm|shared|"
     r"tok_embeddings|token_embd|wte|wpe|word_embeddings\w*)\."
 )
+_EXPERT = re.compile(r"\.experts\.(\d+\.)?")
 _ROTARY_TABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
@@ -90,6 +94,15 @@ def is_before_layers(name: str) -> bool:
 def is_rotary_table(name: str) -> bool:
     """Whether ``name`` is a table that the configuration determines; old files hold them."""
     return _ROTARY_TABLE.search(name) is not None
+
+
+def expert_storage(names: Iterable[str]) -> str | None:
+    """Return how a model with tensors ``names`` stores experts; None if it has none, or both ways.
+
+    ``one by one`` means a tensor for each expert, ``fused`` one for all experts of a layer.
+    """
+    ways = {"one by one" if m[1] else "fused" for m in map(_EXPERT.search, names) if m}
+    return ways.pop() if len(ways) == 1 else None
 
 
 class PartKind(Enum):

@@ -20,7 +20,7 @@ from mergeme_ext.io import (
     CheckpointSource,
     dtype_name,
 )
-from mergeme_ext.io.names import EMBEDDING, HEAD
+from mergeme_ext.io.names import EMBEDDING, HEAD, HEAD_BIAS
 from mergeme_ext.io.operands import Cut, Operand, same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.companions import write_companions
@@ -97,6 +97,7 @@ class MergePlan:
         config: The result's ``config.json``; empty if the lead has none.
         vocabulary: The result's, if the recipe asks for one.
         dropped: For each input, the tensors that stay out, with the reason.
+        statistics: Folders of statistics that the method is given.
     """
 
     spec: MergeSpec
@@ -108,6 +109,7 @@ class MergePlan:
     config: Mapping[str, Any]
     vocabulary: "Vocabulary | None"
     dropped: Mapping[ModelRef, Mapping[str, str]]
+    statistics: Sequence[Path] = ()
 
     @property
     def lead(self) -> CheckpointSource:
@@ -185,7 +187,8 @@ class MergePlan:
         facts = {
             "version": __version__,
             "method": self.method.name,
-            "inputs": [_identity(ref) for ref in self.sources],
+            "inputs": [_identity(ref.path, ref.adapter) for ref in self.sources],
+            "statistics": [_identity(folder) for folder in self.statistics],
             "config": self.config,
             "tensors": [
                 [
@@ -204,10 +207,10 @@ class MergePlan:
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _identity(ref: ModelRef) -> list[Any]:
+def _identity(*folders: Path | None) -> list[Any]:
     """Return names, sizes and times of the files that an input consists of."""
     files = []
-    for folder in (ref.path, ref.adapter):
+    for folder in folders:
         if folder is not None:
             with os.scandir(folder) as entries:
                 kept = [e for e in entries if e.name.endswith(_IDENTIFYING) and e.is_file()]
@@ -367,6 +370,7 @@ class _Planner:
             config=config,
             vocabulary=self.vocabulary,
             dropped=dropped,
+            statistics=tuple(self.statistics),
         )
 
     def _account(self, layout: Layout) -> dict[ModelRef, dict[str, str]]:
@@ -530,7 +534,7 @@ class _Planner:
         self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
     ) -> list[Operand]:
         """Return ``operands`` of one shape, or say which does not fit."""
-        vocabulary_sized = name in (EMBEDDING, HEAD)
+        vocabulary_sized = name in (EMBEDDING, HEAD, HEAD_BIAS)
         if self.vocabulary is not None and vocabulary_sized:
             order = list(self.sources)
             everyone = self._all_operands(name, refs, operands)
@@ -564,7 +568,7 @@ class _Planner:
         known = dict(zip(refs, operands, strict=True))
         out = []
         for ref, source in self.sources.items():
-            own = name if name in source else EMBEDDING
+            own = EMBEDDING if name == HEAD and name not in source else name
             out.append(known.get(ref) or source.operand(own))
         return out
 

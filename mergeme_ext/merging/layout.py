@@ -218,6 +218,7 @@ class _Planner:
                     f"{there} has {len(others[stack.prefix])} layers, {here} has {len(stack)}"
                 )
         if missing := [name for name in lead if name not in found]:
+            check_same_storage(here, lead, there, found)
             raise CheckpointError(f"{there} has no tensor {_first_of(missing)}, which {here} has")
 
     # Slices
@@ -345,6 +346,7 @@ class _Planner:
             (other, found, first, wanted),
         ):
             if missing := [rest for rest in has_layer if rest not in lacks_layer]:
+                check_same_storage(has.model, has_layer, lacks.model, lacks_layer)
                 raise CheckpointError(
                     f"layer {lacks.layers[0] + step} of {lacks.model} has no "
                     f"{_first_of([rest.lstrip('.') for rest in missing])}, which layer "
@@ -533,6 +535,22 @@ class _Planner:
 def _first_of(missing: Sequence[str]) -> str:
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return f"{missing[0]!r}{more}"
+
+
+def check_same_storage(
+    one: ModelRef, ones: Collection[str], other: ModelRef, others: Collection[str]
+) -> None:
+    """Explain missing tensors if one model stores its experts fused and the other does not.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    ways = [names.expert_storage(ones), names.expert_storage(others)]
+    if None not in ways and ways[0] != ways[1]:
+        raise CheckpointError(
+            f"{one} stores experts {ways[0]}, {other} {ways[1]}; save one of them anew as the "
+            "other is (transformers' save_pretrained with save_original_format true or false)"
+        )
 
 
 def _by_place(source: CheckpointSource, aliases: Aliases) -> list[str]:

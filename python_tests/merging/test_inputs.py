@@ -2,18 +2,31 @@
 
 import json
 import math
+import os
 
 import pytest
 import safetensors.torch
 import torch
 
 from mergeme_ext.cli import main
+from mergeme_ext.integrations.model_check import problems_of
 from mergeme_ext.io import CheckpointError, CheckpointSource
-from mergeme_ext.merging import Allowances, Execution, merge
+from mergeme_ext.merging import (
+    Allowances,
+    Execution,
+    MergeSpec,
+    engine,
+    get,
+    merge,
+    names,
+    plan_merge,
+)
 from mergeme_ext.merging import execution as execution_module
+from python_tests.merging.test_engine import PARAMETERS, spec_of, with_statistics
 from python_tests.references import lora as lora_reference
 from python_tests.references.fp8 import dequantise, e4m3
 from python_tests.support.checkpoints import CONFIG, llama_tensors, save
+from python_tests.vocabulary.models import FOX, LOREM, added, byte_bpe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -506,3 +519,476 @@ def test_leftovers_are_an_error_unless_allowed(here, capsys):
     report = check_account(here / "out", here / "a", here / "b")
     assert report["inputs"]["b"]["dropped"] == dict.fromkeys(extra, "allowed to stay out")
     run(LINEAR, "also", allow=Allowances(leftovers=["*"]))
+
+
+# Architectures, as transformers writes and loads them
+
+
+def transformers_model(folder, kind, seed, *, dtype=torch.float32, scale=0.5, save=True, **changes):
+    """Save a small model of a kind with random weights everywhere, also in norms and biases."""
+    import transformers
+
+    shared = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(
+        **{**shared, **KINDS[kind], **changes}
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(config).to(dtype)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.randn_like(tensor), alpha=scale / tensor.shape[-1] ** 0.5)
+    if save:
+        model.save_pretrained(folder)
+    return model.eval()
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+KINDS = {
+    "LlamaForCausalLM": {},
+    "Qwen2ForCausalLM": {},
+    "GemmaForCausalLM": {"num_key_value_heads": 1},
+    "Gemma2ForCausalLM": {},
+    "Qwen3MoeForCausalLM": EXPERTS,
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
+    "MixtralForCausalLM": {"num_local_experts": 4},
+    "DeepseekV3ForCausalLM": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 2,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def load(folder):
+    """Load a result, with no key too many, too few or of another shape."""
+    import transformers
+
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[what], (what, report[what])
+    return model.eval()
+
+
+def state(model):
+    return {name: t for name, t in model.state_dict().items()}
+
+
+def problems(folder):
+    source = CheckpointSource(folder)
+    return problems_of(source.config, {n: source.info(n).shape for n in source.names})
+
+
+def generates(model):
+    ids = torch.tensor([[3, 4, 5]])
+    out = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_a_kind_merge_and_load(here, kind):
+    """The loaded result's weights are the mean of the loaded models', as torch computes it."""
+    a, b = (transformers_model(here / n, kind, s) for s, n in enumerate("ab"))
+    run(LINEAR)
+    out = load(here / "out")
+    states = [state(model) for model in (a, b, out)]
+    assert states[0].keys() == states[2].keys()
+    for name, tensor in states[2].items():
+        assert torch.equal(tensor, mean(states[0][name], states[1][name])), name
+    assert problems(here / "out") == []
+    check_account(here / "out", here / "a", here / "b")
+    generates(out)
+
+
+@pytest.mark.slow
+def test_deepseek_keeps_its_float32_corrections(here):
+    """Released models are bfloat16 apart from the router's corrections, whose low bits matter."""
+    bias = "model.layers.2.mlp.gate.e_score_correction_bias"
+    models = []
+    for seed, name in enumerate("ab"):
+        model = transformers_model(here / name, "DeepseekV3ForCausalLM", seed, dtype=torch.bfloat16)
+        tensors = tensors_of(here / name)
+        tensors[bias] = torch.rand(4)
+        safetensors.torch.save_file(tensors, here / name / "model.safetensors", {"format": "pt"})
+        models.append((model, tensors[bias]))
+    run(LINEAR)
+    out = tensors_of(here / "out")
+    assert torch.equal(out[bias], mean(models[0][1], models[1][1]))
+    assert {t.dtype for n, t in out.items() if n != bias} == {torch.bfloat16}
+    assert load(here / "out").dtype == torch.bfloat16
+    run(LINEAR + "dtype: bfloat16\n", "cast")
+    assert tensors_of(here / "cast")[bias].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_one_by_one_and_fused(here, kind):
+    """Either way merges, and to the same model; both at once are refused."""
+    for seed, name in enumerate("ab"):
+        model = transformers_model(here / name, kind, seed)
+        model.save_pretrained(here / f"{name}-fused", save_original_format=False)
+    run(LINEAR)
+    run(LINEAR.replace("a}", "a-fused}").replace("b}", "b-fused}"), "fused")
+    names = [set(CheckpointSource(here / n).names) for n in ("out", "fused")]
+    assert any(".experts.0." in n for n in names[0])
+    assert any("experts.gate_up_proj" in n for n in names[1])
+    one, other = state(load(here / "out")), state(load(here / "fused"))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    assert problems(here / "fused") == []
+    for text, message in (
+        (LINEAR.replace("b}", "b-fused}"), "a stores experts one by one, b-fused fused"),
+        (LINEAR.replace("a}", "a-fused}"), "a-fused stores experts fused, b one by one"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(text, "mixed")
+
+
+SLICES = """\
+merge_method: passthrough
+slices:
+- sources: [{model: a, layer_range: [0, 2]}]
+- sources: [{model: b, layer_range: [1, 2]}]
+- sources: [{model: b, layer_range: [0, 2]}]
+"""
+GRADIENT = """\
+merge_method: slerp
+base_model: a
+slices:
+- sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]
+parameters: {t: [{filter: mlp, value: [0, 0.6, 1]}, {value: 0.5}]}
+"""
+
+
+@pytest.mark.slow
+def test_stacked_slices_load_and_run(here):
+    a, b = (transformers_model(here / n, "Qwen2ForCausalLM", s) for s, n in enumerate("ab"))
+    run(SLICES)
+    out = load(here / "out")
+    layers = [*a.model.layers, b.model.layers[1], *b.model.layers]
+    assert out.config.num_hidden_layers == len(out.model.layers) == 5
+    for layer, original in zip(out.model.layers, layers, strict=True):
+        expected = original.state_dict()
+        assert all(torch.equal(t, expected[n]) for n, t in layer.state_dict().items())
+    assert torch.equal(out.lm_head.weight, b.lm_head.weight)
+    assert problems(here / "out") == []
+    check_account(here / "out", here / "a", here / "b")
+    generates(out)
+
+
+@pytest.mark.slow
+def test_a_gradient_over_layers(here):
+    """Between anchors 0, 0.6 and 1 lie 0.4 and 0.7333 for the middle two of four layers."""
+    options = {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    a, b = (
+        transformers_model(here / n, "LlamaForCausalLM", s, **options) for s, n in enumerate("ab")
+    )
+    run(GRADIENT)
+    out = load(here / "out")
+    for i, t in enumerate((0, 0.4, 0.6 + 0.4 / 3, 1)):
+        name = f"model.layers.{i}.mlp.up_proj.weight"
+        x, y, z = (m.state_dict()[name].double() for m in (a, b, out))
+        cosine = (x * y).sum() / x.norm() / y.norm()
+        angle = torch.arccos(cosine)
+        exact = (torch.sin((1 - t) * angle) * x + torch.sin(t * angle) * y) / torch.sin(angle)
+        assert (z - exact).abs().max() <= 2**-22 * exact.abs().max(), i
+        if t in (0, 1):
+            assert torch.equal(z, (x, y)[t])
+    generates(out)
+
+
+@pytest.mark.slow
+def test_modules_of_a_vision_model(here):
+    """Text and projector averaged, of different models; the vision tower of a third."""
+    import transformers
+
+    models = {}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        text = transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        vision = transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        )
+        config = transformers.LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=5
+        )
+        models[name] = transformers.LlavaForConditionalGeneration(config)
+        models[name].save_pretrained(here / name)
+        config = json.loads((here / name / "config.json").read_text())
+        config["text_config"]["dtype"] = "float32"  # as older files have it
+        (here / name / "config.json").write_text(json.dumps(config))
+    run(
+        "merge_method: linear\nmodules:\n"
+        "  text_decoder: {models: [{model: a}, {model: b}], parameters: {weight: 0.5}}\n"
+        "  vision_tower: {models: [{model: base}], parameters: {weight: 1}}\n"
+        "  multi_modal_projector:\n"
+        "    {models: [{model: a}, {model: base}], parameters: {weight: 0.5}}\n"
+        "dtype: bfloat16\n"
+    )
+    out = load(here / "out")
+    base, a, b = (state(models[n]) for n in ("base", "a", "b"))
+    counts = dict.fromkeys(("vision", "projector", "text"), 0)
+    for name, tensor in state(out).items():
+        if tensor.dtype == torch.int64:
+            continue
+        if "vision_tower" in name:
+            counts["vision"] += 1
+            expected = base[name].bfloat16()
+        elif "projector" in name:
+            counts["projector"] += 1
+            expected = mean(a[name], base[name], torch.bfloat16)
+        else:
+            counts["text"] += 1
+            expected = mean(a[name], b[name], torch.bfloat16)
+        assert torch.equal(tensor, expected), name
+    assert all(counts.values())
+    assert problems(here / "out") == []
+    config = json.loads((here / "out/config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    report = check_account(here / "out", here / "base", here / "a", here / "b")
+    reasons = set(report["inputs"]["b"]["dropped"].values())
+    assert reasons == {
+        "module vision_tower takes nothing from this model",
+        "module multi_modal_projector takes nothing from this model",
+    }
+
+
+# Every method
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamas")
+    for seed, name in enumerate(("base", "a", "b")):
+        transformers_model(folder / name, "LlamaForCausalLM", seed, dtype=torch.bfloat16)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", names())
+def test_results_of_every_method_load(llamas, here, method):
+    count = get(method).num_models[1] or 2
+    models = [llamas / "a", llamas / "b"][:count]
+    spec = MergeSpec.of_models(method, models, llamas / "base", PARAMETERS[method])
+    if get(method).statistics is not None:
+        for name in ("base", "a", "b"):
+            os.symlink(llamas / name, here / name)
+        spec = with_statistics(spec_of(here, method), here)
+    merge(spec, here / "out")
+    model = load(here / "out")
+    assert model.dtype == torch.bfloat16 and problems(here / "out") == []
+    assert all(t.isfinite().all() for t in state(model).values())
+    generates(model)
+
+
+@pytest.mark.parametrize("method", names())
+def test_every_method_takes_odd_tensors(here, method):
+    """None at all, one without a shape, one of a single element, and rows without columns."""
+    shapes = {"none": (0, 5), "columns": (4, 0), "scalar": (), "one": (1,)}
+    if method != "regmean":  # its statistics are matrices of inputs
+        shapes["cube"] = (2, 3, 4)
+    for seed, name in enumerate(("base", "a", "b")):
+        g = torch.Generator().manual_seed(seed)
+        odd = {f"model.{n}": torch.randn(shape, generator=g) for n, shape in shapes.items()}
+        save(here / name, llama_tensors(seed) | odd)
+    spec = spec_of(here, method)
+    merge(spec, here / "out")
+    out = tensors_of(here / "out")
+    assert {n: tuple(out[f"model.{n}"].shape) for n in shapes} == shapes
+
+
+# Would it load?
+
+
+@pytest.mark.slow
+def test_the_command_line_asks_whether_it_would_load(here, capsys):
+    for seed, name in enumerate("ab"):
+        transformers_model(here / name, "LlamaForCausalLM", seed)
+    config = json.loads((here / "a/config.json").read_text())
+    (here / "a/config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    (here / "r.yaml").write_text(LINEAR)
+    assert main(["merge", "r.yaml", "out", "-q"]) == 2
+    error = capsys.readouterr().err
+    assert "transformers would not load the result as LlamaForCausalLM: of another shape:" in error
+    assert "model.layers.0.mlp.down_proj.weight is [32, 48], expected [32, 40]" in error
+    assert not (here / "out").exists() and not (here / ".out.partial").exists()
+    assert main(["merge", "r.yaml", "out", "-q", "--no-model-check"]) == 0
+
+
+# Vocabularies
+
+
+def with_tokenizer(folder, tokenizer, seed, *, rows=None, **changes):
+    rows = rows or len(tokenizer.get_vocab())
+    transformers_model(folder, "LlamaForCausalLM", seed, vocab_size=rows, **changes)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_union_of_two_tokenizers(here, tied):
+    """Shared tokens get the mean of both rows; a token of one model gets that model's row."""
+    import transformers
+
+    a = with_tokenizer(here / "a", byte_bpe(FOX, 275), 0, tie_word_embeddings=tied)
+    b = with_tokenizer(here / "b", byte_bpe(LOREM, 285), 1, tie_word_embeddings=tied, rows=290)
+    run(LINEAR + "tokenizer: {source: union}\nbase_model: a\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(here / "out")
+    ids = tokenizer.get_vocab()
+    assert ids.keys() == a.keys() | b.keys() and len(a.keys() ^ b.keys()) > 4
+    model = load(here / "out")
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings
+    assert max(ids.values()) < model.config.vocab_size
+    for name in [EMBEDDING] if tied else [EMBEDDING, HEAD]:
+        rows, ours, theirs = (tensors_of(here / f)[name] for f in ("out", "a", "b"))
+        for token, i in ids.items():
+            x = ours[a[token]] if token in a else theirs[b[token]]
+            y = theirs[b[token]] if token in b else ours[a[token]]
+            assert torch.equal(rows[i], mean(x, y)), token
+    assert problems(here / "out") == []
+    text = "the quick brown fox"
+    assert tokenizer(text)["input_ids"] == [
+        ids[t] for t in transformers.AutoTokenizer.from_pretrained(here / "a").tokenize(text)
+    ]
+    generates(model)
+
+
+@pytest.mark.slow
+def test_the_bases_tokenizer_and_rows_beyond_it(here):
+    """The base has 6 rows without a token, a model 4 tokens more: these go, those stay."""
+    vocabulary = with_tokenizer(here / "base", byte_bpe(FOX, 270), 0, rows=276)
+    more = added(byte_bpe(FOX, 270), "<x>", "<y>")
+    theirs = with_tokenizer(here / "a", more, 1)
+    run(TASK.replace("0.5", "1") + "tokenizer: {source: base}\n")
+    out, base, a = (tensors_of(here / n)[EMBEDDING] for n in ("out", "base", "a"))
+    assert len(out) == 276 and theirs.keys() - vocabulary.keys() == {"<x>", "<y>"}
+    for token, i in vocabulary.items():
+        assert torch.equal(out[i], base[i] + (a[theirs[token]] - base[i])), token
+    assert torch.equal(out[270:], base[270:])
+    assert load(here / "out").config.vocab_size == 276
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (here / "out" / file).read_bytes() == (here / "base" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_embeddings_cut_to_the_smallest(here, capsys):
+    models = {}
+    for seed, (name, rows) in enumerate((("a", 70), ("b", 64))):
+        models[name] = transformers_model(here / name, "LlamaForCausalLM", seed, vocab_size=rows)
+    (here / "r.yaml").write_text(LINEAR)
+    plain = ["merge", "r.yaml", "out", "-q", "--no-model-check"]
+    assert main(plain) == 2
+    assert "give the recipe a tokenizer (source: union or base)" in capsys.readouterr().err
+    assert main([*plain, "--unsafe-truncate-embeddings"]) == 0
+    out = load(here / "out")
+    assert out.config.vocab_size == 64
+    a, b = (state(m) for m in models.values())
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(state(out)[name], mean(a[name][:64], b[name]))
+
+
+def test_a_heads_bias_follows_its_vocabulary(here):
+    """Phi's head has a bias, a number for each token: it moves with the rows."""
+    bias = "lm_head.bias"
+    vocabularies = []
+    for seed, (name, special) in enumerate((("a", ("<s>", "</s>")), ("b", ("</s>", "<s>")))):
+        tokenizer = byte_bpe(FOX, 270, special)
+        tensors = llama_tensors(seed, vocab=270) | {bias: torch.randn(270)}
+        save(here / name, tensors, {"vocab_size": 270})
+        tokenizer.save(str(here / name / "tokenizer.json"))
+        vocabularies.append((tokenizer.get_vocab(), tensors))
+    run(LINEAR + "base_model: a\ntokenizer: {source: base}\n")
+    out = tensors_of(here / "out")
+    (ours, a), (theirs, b) = vocabularies
+    assert ours["<s>"] != theirs["<s>"]
+    for name in (EMBEDDING, HEAD, bias):
+        for token, i in ours.items():
+            assert torch.equal(out[name][i], mean(a[name][i], b[name][theirs[token]])), name
+
+
+# Several documents
+
+DOCUMENTS = f"""\
+merge_method: linear
+models: [{{model: middle}}, {{model: c}}]
+parameters: {{weight: 0.5}}
+---
+name: middle
+{LINEAR}"""
+
+
+def test_what_is_done_of_several_documents_is_not_done_again(here, monkeypatch):
+    for seed, name in enumerate("abc"):
+        save(here / name, llama_tensors(seed))
+    run(DOCUMENTS, "whole")
+    merged = []
+
+    def merge_all(method, tensors, sink, *more, **options):
+        merged.append(sink.path.name)
+        if sink.path.name == "out" and merged.count("out") == 1:
+            raise KeyboardInterrupt
+        return original(method, tensors, sink, *more, **options)
+
+    original = engine.merge_all
+    monkeypatch.setattr(engine, "merge_all", merge_all)
+    with pytest.raises(KeyboardInterrupt):
+        run(DOCUMENTS)
+    assert (here / ".out.documents/middle/model.safetensors").exists()
+    run(DOCUMENTS, resume=True)
+    assert merged == ["middle", "out", "out"]
+    assert folder_bytes(here / "out") == folder_bytes(here / "whole")
+    assert not (here / ".out.documents").exists()
+    # Another input: the intermediate result does not count any more.
+    merged.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(DOCUMENTS, "out", overwrite=True)
+    save(here / "a", llama_tensors(7))
+    run(DOCUMENTS, resume=True, overwrite=True)
+    assert merged == ["middle", "out", "middle", "out"]
+
+
+def test_changed_statistics_are_another_merge(here):
+    for seed, name in enumerate(("base", "a", "b")):
+        save(here / name, llama_tensors(seed))
+    spec = spec_of(here, "fisher")
+    before = plan_merge(spec).fingerprint()
+    assert plan_merge(spec).fingerprint() == before
+    save(here / "b-statistics", {n: t.abs() + 1 for n, t in llama_tensors(9).items()})
+    assert plan_merge(spec).fingerprint() != before
