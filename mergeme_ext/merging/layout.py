@@ -10,7 +10,14 @@ from mergeme_ext.io.names import EMBEDDING, HEAD
 from mergeme_ext.io.operands import same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.layered_config import OriginalLayer, rederive
-from mergeme_ext.merging.layers import Stack, find_stacks, layer_section, main_stack, position
+from mergeme_ext.merging.layers import (
+    PREDICTORS,
+    Stack,
+    find_stacks,
+    layer_section,
+    main_stack,
+    position,
+)
 from mergeme_ext.merging.settings import first_value
 from mergeme_ext.merging.spec import MergeSpec, ModelRef, Module, Slice, Source
 
@@ -179,8 +186,10 @@ class _Planner:
         lead = self.members(module, lead_model)
         if not lead:
             raise CheckpointError(f"{lead_model} has no tensors of module {module.name!r}")
-        stacks = find_stacks(lead, self.sources[lead_model].config)
         every = list(dict.fromkeys([lead_model, *(s.model for s in piece.sources)]))
+        for name in self.leave_out_predictors(module, every):
+            lead.pop(name, None)
+        stacks = find_stacks(lead, self.sources[lead_model].config)
         for model in every[1:]:
             self.check_same_names(lead_model, lead, stacks, model, self.members(module, model))
         positions = {
@@ -200,6 +209,24 @@ class _Planner:
                 module,
                 positions.get(name, 0.0),
             )
+
+    def leave_out_predictors(self, module: Module, models: Sequence[ModelRef]) -> set[str]:
+        """Leave out layers that predict further tokens, unless every model has them.
+
+        Fine-tuning often loses them.
+        """
+        predictors: dict[ModelRef, set[str]] = {}
+        for model in models:
+            stacks = find_stacks(self.members(module, model), self.sources[model].config)
+            predictors[model] = {name for stack in stacks for name in stack.beyond}
+        kept = set.intersection(*predictors.values())
+        lost = set.union(*predictors.values()) - kept
+        for model, found in predictors.items():
+            for name in found & lost:
+                self.leave_out(model, name, "it comes after the layers proper, not in all models")
+        if lost and not kept and self.config.get(PREDICTORS):
+            self.config[PREDICTORS] = 0
+        return lost
 
     def check_same_names(
         self,

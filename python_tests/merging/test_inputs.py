@@ -643,6 +643,29 @@ def test_deepseek_keeps_its_float32_corrections(here):
     assert tensors_of(here / "cast")[bias].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+@pytest.mark.parametrize("both", [True, False], ids=["in both", "in one"])
+def test_layers_that_predict_further_tokens(here, first, both):
+    """As DeepSeek releases them, after the layers proper; transformers drops them on saving."""
+    models = {name: llama_tensors(seed, layers=3) for seed, name in enumerate("ab")}
+    further = {name for name in models["a"] if name.startswith("model.layers.2.")}
+    if not both:
+        models["b"] = {n: t for n, t in models["b"].items() if n not in further}
+    for name, tensors in models.items():
+        save(here / name, tensors, {"num_nextn_predict_layers": 1})
+    turned = LINEAR.replace("{model: a}, {model: b}", "{model: b}, {model: a}")
+    run(LINEAR if first == "a" else turned)
+    out = tensors_of(here / "out")
+    config = json.loads((here / "out/config.json").read_text())
+    assert out.keys() == models["b"].keys() and config["num_hidden_layers"] == 2
+    assert config["num_nextn_predict_layers"] == int(both)
+    assert all(torch.equal(out[n], mean(models["a"][n], models["b"][n])) for n in out)
+    report = check_account(here / "out", here / "a", here / "b")
+    reason = "it comes after the layers proper, not in all models"
+    dropped = {} if both else dict.fromkeys(further, reason)
+    assert report["inputs"]["a"]["dropped"] == dropped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
 def test_experts_one_by_one_and_fused(here, kind):
