@@ -20,7 +20,7 @@ from mergeme_ext.io import (
     CheckpointSource,
     dtype_name,
 )
-from mergeme_ext.io.names import EMBEDDING, HEAD, HEAD_BIAS
+from mergeme_ext.io.names import vocabulary_names
 from mergeme_ext.io.operands import Cut, Operand, same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.companions import write_companions
@@ -345,6 +345,7 @@ class _Planner:
         self.method = registry.get(spec.method)
         self.sources = {ref: open_model(ref) for ref in spec.references}
         self.labels = {ref: str(ref) for ref in self.sources}
+        self.rows = {ref: vocabulary_names(source.names) for ref, source in self.sources.items()}
         self.statistics: dict[Path, CheckpointSource] = {}
 
     def plan(self) -> MergePlan:
@@ -407,7 +408,7 @@ class _Planner:
             VocabularyInput(
                 label=self.labels[ref],
                 folder=ref.path,
-                rows=source.info(EMBEDDING).shape[0] if EMBEDDING in source else 0,
+                rows=0 if self.rows[ref].embedding is None else self._embedding_rows(ref),
                 config=source.config,
             )
             for ref, source in self.sources.items()
@@ -421,6 +422,9 @@ class _Planner:
             tokens={token: self._token_rule(rule) for token, rule in wanted.tokens.items()},
             pad_to_multiple_of=wanted.pad_to_multiple_of,
         )
+
+    def _embedding_rows(self, ref: ModelRef) -> int:
+        return self.sources[ref].info(self.rows[ref].embedding).shape[0]
 
     def _number(self, model: ModelRef) -> int:
         """Return the place of ``model`` among the sources, with or without its adapter."""
@@ -534,7 +538,7 @@ class _Planner:
         self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
     ) -> list[Operand]:
         """Return ``operands`` of one shape, or say which does not fit."""
-        vocabulary_sized = name in (EMBEDDING, HEAD, HEAD_BIAS)
+        vocabulary_sized = any(name in rows.every for rows in self.rows.values())
         if self.vocabulary is not None and vocabulary_sized:
             order = list(self.sources)
             everyone = self._all_operands(name, refs, operands)
@@ -568,7 +572,7 @@ class _Planner:
         known = dict(zip(refs, operands, strict=True))
         out = []
         for ref, source in self.sources.items():
-            own = EMBEDDING if name == HEAD and name not in source else name
+            own = name if name in source else self.rows[ref].embedding  # a tied head
             out.append(known.get(ref) or source.operand(own))
         return out
 
@@ -578,9 +582,11 @@ class _Planner:
             return config
         if self.vocabulary is not None:
             config = self.vocabulary.config_changes(config)
-        rows = [t.shape[0] for t in tensors if t.name == EMBEDDING]
-        if rows and "vocab_size" in config:
-            config["vocab_size"] = rows[0]
+        embedding = self.rows[self.spec.lead].embedding
+        rows = [t.shape[0] for t in tensors if t.name == embedding]
+        for part in (config, config.get("text_config")):
+            if rows and isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = rows[0]
         return config
 
 

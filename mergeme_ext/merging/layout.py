@@ -1,12 +1,11 @@
 """Lays a merge out: which tensor of the result is made of which, and with what parameters."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergeme_ext.io import CheckpointError, CheckpointSource, names, with_dtype
-from mergeme_ext.io.names import EMBEDDING, HEAD
 from mergeme_ext.io.operands import same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.layered_config import OriginalLayer, rederive
@@ -23,6 +22,7 @@ from mergeme_ext.merging.spec import MergeSpec, ModelRef, Module, Slice, Source
 
 __all__ = ["Assignment", "Layout", "lay_out"]
 
+_TIE = "tie_word_embeddings"
 # A tensor that plays a part in the result: what it is called in its model, which decides on
 # filters, and what it is stored as. They differ for a tied head.
 Aliases = Mapping[str, str]
@@ -126,7 +126,8 @@ class _Planner:
         self.spec, self.sources = spec, sources
         self.method = registry.get(spec.method)
         self.base = spec.base if self.method.takes_base else None
-        self.aliases = resolve_heads({model: sources[model] for model in spec.references})
+        self.rows = {m: names.vocabulary_names(sources[m].names) for m in spec.references}
+        self.aliases = resolve_heads({m: sources[m] for m in spec.references}, self.rows)
         self.read: dict[ModelRef, set[str]] = {model: set() for model in spec.references}
         self.why: dict[ModelRef, dict[str, str]] = {model: {} for model in spec.references}
         self.notes: list[str] = []
@@ -142,14 +143,24 @@ class _Planner:
                 self.stack_slices(module)
             else:
                 self.merge_whole(module)
-        made = {assignment.name for assignment in self.assignments}
-        tied = self.aliases[self.spec.lead].get(HEAD) == EMBEDDING
-        if self.config and HEAD in made and (tied or self.config.get("tie_word_embeddings")):
-            self.config["tie_word_embeddings"] = False
+        self.untie()
         self.note_bases_parameters()
         self.note_idle_filters()
         left_out, leftovers = self.account()
         return Layout(self.assignments, self.config, left_out, leftovers, self.notes)
+
+    def untie(self) -> None:
+        """Make the configuration say that the result has a head of its own, if it has."""
+        rows = self.rows[self.spec.lead]
+        made = {assignment.name for assignment in self.assignments}
+        head = head_name(self.rows.values())
+        if not self.config or head not in made:
+            return
+        if self.aliases[self.spec.lead].get(head) == rows.embedding:
+            self.config[_TIE] = False
+        for part in (self.config, self.config.get("text_config")):
+            if isinstance(part, dict) and part.get(_TIE):
+                part[_TIE] = False
 
     # What is whose
 
@@ -384,9 +395,10 @@ class _Planner:
     def note_tied_head(self, first: Slice, last: Slice) -> None:
         made = {assignment.name for assignment in self.assignments}
         models = [{s.model for s in piece.sources} for piece in (first, last)]
-        if EMBEDDING in made and HEAD not in made and models[0] != models[1]:
+        embedding, head = self.rows[self.spec.lead].embedding, head_name(self.rows.values())
+        if embedding in made and head not in made and models[0] != models[1]:
             self.notes.append(
-                f"the head is tied to {EMBEDDING}, so it too comes from the first slice's models"
+                f"the head is tied to {embedding}, so it too comes from the first slice's models"
             )
 
     def original(
@@ -546,8 +558,9 @@ class _Planner:
     def reason(self, model: ModelRef, stored: str) -> str | None:
         if stored in self.why[model]:
             return self.why[model][stored]
-        if stored == HEAD and self.aliases[model].get(HEAD) != HEAD:
-            return f"it is tied to {EMBEDDING}"
+        rows = self.rows[model]
+        if stored == rows.head and self.aliases[model].get(stored) != stored:
+            return f"it is tied to {rows.embedding}"
         if not self.read[model] and model == self.spec.base:
             return f"{self.method.name} does not look at the base"
         module = names.module_of(stored, [m.name for m in self.spec.modules if m.name])
@@ -586,8 +599,14 @@ def _by_place(source: CheckpointSource, aliases: Aliases) -> list[str]:
     return sorted(aliases, key=lambda name: place[aliases[name]])
 
 
+def head_name(rows: Iterable[names.VocabularyNames]) -> str | None:
+    """Return what the models' head is called; None if none stores one."""
+    return next((found.head for found in rows if found.head is not None), None)
+
+
 def resolve_heads(
     sources: Mapping[ModelRef, CheckpointSource],
+    rows: Mapping[ModelRef, names.VocabularyNames],
 ) -> dict[ModelRef, dict[str, str]]:
     """Return, for each model, the tensors it stands for: from name to the name it is stored under.
 
@@ -600,30 +619,39 @@ def resolve_heads(
         CheckpointError: A head is tied by its configuration but differs from the embedding.
     """
     resolved = {}
-    tied = {model for model, source in sources.items() if _is_tied(source)}
-    headless = any(HEAD not in sources[model] for model in tied)
+    tied = {model for model, source in sources.items() if _is_tied(source, rows[model])}
+    headless = any(rows[model].head is None for model in tied)
     for model, source in sources.items():
         found = {name: name for name in source.names}
-        silent = source.config.get("tie_word_embeddings") is None and EMBEDDING in found
-        if HEAD in found and (model in tied or (silent and headless)):
-            if same_values(source.operand(HEAD), source.operand(EMBEDDING)):
-                del found[HEAD]
+        embedding, head = rows[model].embedding, rows[model].head
+        silent = embedding is not None and _says_tied(source) is None
+        if head is not None and (model in tied or (silent and headless)):
+            if same_values(source.operand(head), source.operand(embedding)):
+                del found[head]
                 tied.add(model)
             elif model in tied:
                 raise CheckpointError(
-                    f"{model}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
-                    "set tie_word_embeddings to false there if the head is meant to be its own"
+                    f"{model}: config.json ties {head} to {embedding}, but the two differ; "
+                    f"set {_TIE} to false there if the head is meant to be its own"
                 )
         resolved[model] = found
-    if any(HEAD in found for found in resolved.values()):
+    head = head_name(rows.values())
+    if any(head in found for found in resolved.values()):
         for model, found in resolved.items():
-            if HEAD not in found and model in tied:
-                found[HEAD] = EMBEDDING
+            if head not in found and model in tied:
+                found[head] = rows[model].embedding
     return resolved
 
 
-def _is_tied(source: CheckpointSource) -> bool:
+def _is_tied(source: CheckpointSource, rows: names.VocabularyNames) -> bool:
     """Whether the configuration ties the head, or says nothing and there is none."""
-    said = source.config.get("tie_word_embeddings")
-    silent = said is None and "model_type" in source.config and HEAD not in source
-    return (said is True or silent) and EMBEDDING in source
+    said = _says_tied(source)
+    silent = said is None and "model_type" in source.config and rows.head is None
+    return (said is True or silent) and rows.embedding is not None
+
+
+def _says_tied(source: CheckpointSource) -> bool | None:
+    config = source.config
+    part = config.get("text_config")
+    inner = part.get(_TIE) if isinstance(part, dict) else None
+    return config.get(_TIE, inner)

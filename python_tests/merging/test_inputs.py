@@ -966,6 +966,54 @@ def test_a_heads_bias_follows_its_vocabulary(here):
             assert torch.equal(out[name][i], mean(a[name][i], b[name][theirs[token]])), name
 
 
+NAMES = {
+    "llava": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    "internlm2": ("model.tok_embeddings.weight", "output.weight"),
+    "gpt2": ("transformer.wte.weight", "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_vocabularies_of_models_that_name_rows_otherwise(here, kind):
+    """A tied model and one with a head, in different orders of tokens."""
+    embedding, head = NAMES[kind]
+    vocabularies = []
+    for name, special in (("a", ("<s>", "</s>")), ("b", ("</s>", "<s>"))):
+        tokenizer = byte_bpe(FOX, 265, special)
+        tensors = {embedding: torch.randn(265, 8), "model.layers.0.w.weight": torch.randn(8, 8)}
+        config = {"model_type": kind, "vocab_size": 265}
+        if kind == "llava":
+            config = {"text_config": {"vocab_size": 265, "tie_word_embeddings": name == "a"}}
+        if name == "b":
+            tensors[head] = torch.randn(265, 8)
+        save(here / name, tensors, {**config, "tie_word_embeddings": name == "a"})
+        if kind == "llava":
+            without(here / name, "tie_word_embeddings")
+        tokenizer.save(str(here / name / "tokenizer.json"))
+        vocabularies.append((tokenizer.get_vocab(), tensors))
+    run(LINEAR + "tokenizer: {source: union, pad_to_multiple_of: 8}\nbase_model: a\n")
+    out = tensors_of(here / "out")
+    (ours, a), (theirs, b) = vocabularies
+    for token, i in ours.items():
+        assert torch.equal(out[embedding][i], mean(a[embedding][i], b[embedding][theirs[token]]))
+        assert torch.equal(out[head][i], mean(a[embedding][i], b[head][theirs[token]]))
+    assert len(out[embedding]) == len(out[head]) == 272
+    config = json.loads((here / "out/config.json").read_text())
+    part = config["text_config"] if kind == "llava" else config
+    assert part["vocab_size"] == 272 and part["tie_word_embeddings"] is False
+
+
+def test_vocabularies_are_not_touched_where_no_telling_what_has_rows(here):
+    for name in "ab":
+        tensors = llama_tensors(0) | {"model.embed_tokens_per_layer.weight": torch.randn(40, 4)}
+        save(here / name, tensors)
+        byte_bpe(FOX, 265).save(str(here / name / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="a: found no embedding; vocabularies can only be"):
+        run(LINEAR + "tokenizer: {source: union}\n")
+    run(LINEAR)
+
+
 # Several documents
 
 DOCUMENTS = f"""\
