@@ -25,6 +25,7 @@ __all__ = ["AdaptedSource"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -270,6 +271,14 @@ class AdaptedSource:
     def label(self) -> str:
         """What messages call the model."""
         return f"{self.base.label}+{self.adapter_path}"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer that the embedding's rows belong to lies, if there is one."""
+        sources = (self, self.base) if names.EMBEDDING in self else ()
+        rows = [source.info(names.EMBEDDING).shape for source in sources]
+        own = any(_regular(self.adapter_path / name) for name in TOKENIZER)
+        return self.adapter_path if own and len(set(rows)) > 1 else self.base.tokenizer_folder
 
     @property
     def names(self) -> list[str]:

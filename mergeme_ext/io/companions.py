@@ -16,8 +16,7 @@ __all__ = ["copy_companions", "portable_name", "with_dtype"]
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # config.json and README.md are written, not copied: the merge changes what they say.
-COMPANIONS = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -27,6 +26,9 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+_OTHERS = (
+    "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -38,18 +40,22 @@ def copy_companions(
 ) -> list[str]:
     """Copy what belongs to a model besides weights and ``config.json``; return the names.
 
-    Files named in ``skip`` stay behind. Python files come along if ``config.json`` refers to them
+    Files named in ``skip`` stay behind. The tokenizer is an adapter's own if it has one for rows
+    that it adds. Python files come along if ``config.json`` refers to them
     (``auto_map``); nothing runs them.
     """
-    wanted = [source.path / name for name in COMPANIONS]
-    wanted += sorted((source.path / TEMPLATES).glob("*.jinja"))
+    folder = source.tokenizer_folder
+    wanted = [(folder / name, name) for name in _TOKENIZER]
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    wanted += [(path, f"{TEMPLATES}/{path.name}") for path in templates]
+    wanted += [(source.path / name, name) for name in _OTHERS]
     if "auto_map" in source.config:
-        wanted += sorted(source.path.glob("*.py"))
+        wanted += [(path, path.name) for path in sorted(source.path.glob("*.py"))]
     names = []
-    for path in wanted:
+    for path, name in wanted:
         if path.is_file() and path.name not in skip:
-            names.append(path.relative_to(source.path).as_posix())
-            sink.copy_file(path, names[-1])
+            names.append(name)
+            sink.copy_file(path, name)
     return names
 
 

@@ -159,7 +159,8 @@ class MergePlan:
             model_card: Write ``README.md``.
             copy_tokenizer: Copy the lead's tokenizer, or write the merged one.
         """
-        check_output(out, [ref.path for ref in self.sources])
+        inputs = [folder for ref in self.sources for folder in (ref.path, ref.adapter) if folder]
+        check_output(out, [*inputs, *self.statistics])
 
         def finish(sink: CheckpointSink) -> None:
             write_companions(self, sink, with_card=model_card, copy_tokenizer=copy_tokenizer)
@@ -407,7 +408,7 @@ class _Planner:
         inputs = [
             VocabularyInput(
                 label=self.labels[ref],
-                folder=ref.path,
+                folder=source.tokenizer_folder,
                 rows=0 if self.rows[ref].embedding is None else self._embedding_rows(ref),
                 config=source.config,
             )

@@ -131,6 +131,31 @@ def test_fp8_base_and_bfloat16_expert(here, block):
     assert len(scales) == 2
 
 
+@pytest.mark.slow
+def test_an_fp8_model_of_transformers_merges_and_loads(here):
+    """All matrices of the layers in FP8; the result is a plain bfloat16 model."""
+    model = transformers_model(here / "a", "LlamaForCausalLM", 0, dtype=torch.bfloat16)
+    other = transformers_model(here / "b", "LlamaForCausalLM", 1, dtype=torch.bfloat16)
+    tensors, values = tensors_of(here / "a"), {}
+    for name in [n for n in tensors if "_proj" in n]:
+        codes = tensors[name].to(torch.float8_e4m3fn)
+        rows, columns = codes.shape
+        scale = torch.rand(-(-rows // 20), -(-columns // 24))
+        tensors |= {name: codes, name + "_scale_inv": scale}
+        scale = scale.repeat_interleave(20, 0)[:rows].repeat_interleave(24, 1)[:, :columns]
+        values[name] = codes.float() * scale
+    config = json.loads((here / "a/config.json").read_text())
+    block = {"quant_method": "fp8", "weight_block_size": [20, 24]}
+    save(here / "a", tensors, {**config, "quantization_config": block})
+    run(LINEAR)
+    out = load(here / "out")
+    assert out.dtype == torch.bfloat16 and not hasattr(out.config, "quantization_config")
+    for name, tensor in state(out).items():
+        a = values.get(name, state(model)[name])
+        assert torch.equal(tensor, mean(a, state(other)[name], torch.bfloat16)), name
+    generates(out)
+
+
 def test_fp8_models_of_different_scales_merge(here):
     a = fp8_model(here / "a", 0, block=(7, 5), **BLOCKS)
     b = fp8_model(here / "b", 1, block=None, **WHOLE)
@@ -1012,6 +1037,39 @@ def test_vocabularies_are_not_touched_where_no_telling_what_has_rows(here):
     with pytest.raises(CheckpointError, match="a: found no embedding; vocabularies can only be"):
         run(LINEAR + "tokenizer: {source: union}\n")
     run(LINEAR)
+
+
+def test_an_adapter_with_tokens_of_its_own(here):
+    """PEFT saves the embedding whole when it was resized; its rows belong to its tokenizer."""
+    tokenizer = byte_bpe(FOX, 265)
+    save(here / "base", llama_tensors(0, vocab=265), {"vocab_size": 265})
+    tokenizer.save(str(here / "base/tokenizer.json"))
+    save(here / "b", llama_tensors(1, vocab=265), {"vocab_size": 265})
+    tokenizer.save(str(here / "b/tokenizer.json"))
+    updates = save_adapter(here / "lora", 1, TARGETS)
+    file = here / "lora/adapter_model.safetensors"
+    stored = safetensors.torch.load_file(file)
+    rows = {name: torch.randn(267, 16) for name in (EMBEDDING, HEAD)}
+    stored |= {f"base_model.model.{name}": tensor for name, tensor in rows.items()}
+    safetensors.torch.save_file(stored, file)
+    added(tokenizer, "<x>", "<y>").save(str(here / "lora/tokenizer.json"))
+
+    run(COPY % "base+lora", "alone")
+    own = (here / "lora/tokenizer.json").read_bytes()
+    assert (here / "alone/tokenizer.json").read_bytes() == own
+    assert json.loads((here / "alone/config.json").read_text())["vocab_size"] == 267
+    assert torch.equal(tensors_of(here / "alone")[EMBEDDING], rows[EMBEDDING])
+
+    models = "models: [{model: base+lora}, {model: b}]\n"
+    run(f"merge_method: linear\n{models}parameters: {{weight: 0.5}}\ntokenizer: {{source: union}}")
+    out, b = tensors_of(here / "out"), tensors_of(here / "b")
+    assert (here / "out/tokenizer.json").read_bytes() == own
+    for name, tensor in rows.items():
+        assert torch.equal(out[name][:265], mean(tensor[:265], b[name]))
+        assert torch.equal(out[name][265:], tensor[265:])  # b lacks them, and takes the other's
+    name = next(iter(updates))
+    base = llama_tensors(0, vocab=265)[name].double() + updates[name]
+    assert torch.equal(out[name], mean(base, b[name]))
 
 
 # Several documents
