@@ -123,7 +123,18 @@ class MergePlan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of tensor data that are read, each counted once."""
+        """Bytes in files of all inputs of all tensors."""
+        total = 0
+        for tensor, assignment in zip(self.tensors, self.layout.assignments, strict=True):
+            read = list(zip(assignment.models, assignment.names, strict=True))
+            if tensor.base is not None:
+                read.append((self.spec.base, assignment.base))
+            total += sum(self.sources[ref].bytes_to_read(name) for ref, name in read)
+        return total
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of the same in the dtypes that are merged: FP8 and adapted weights are computed."""
         return sum(
             operand.dtype.itemsize * torch.Size(operand.shape).numel()
             for tensor in self.tensors

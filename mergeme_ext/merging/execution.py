@@ -39,7 +39,7 @@ __all__ = [
 CHUNK_ELEMENTS = 2**20
 # What can be merged, and can hold what is no number.
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LEAST_MEMORY = 64 * 2**20
+_LEAST_MEMORY = 64 * 10**6
 # Bytes a chunk's element takes at most, per tensor: as it is, widened, and a temporary.
 _BYTES_PER_ELEMENT = 24
 

@@ -196,7 +196,8 @@ class _Planner:
         lead_model = self.spec.base or piece.sources[0].model
         lead = self.members(module, lead_model)
         if not lead:
-            raise CheckpointError(f"{lead_model} has no tensors of module {module.name!r}")
+            which = "" if module.name is None else f" of module {module.name!r}"
+            raise CheckpointError(f"{lead_model} has no tensors{which}")
         every = list(dict.fromkeys([lead_model, *(s.model for s in piece.sources)]))
         for name in self.leave_out_predictors(module, every):
             lead.pop(name, None)

@@ -160,12 +160,13 @@ def preview(plan: MergePlan, execution: Execution, speeds: Speeds) -> str:
         "takes them back when it needs to"
     )
     seconds = (
-        max(passes * plan.read_bytes / speeds.read, plan.read_bytes / speeds.merge)
+        max(passes * plan.read_bytes / speeds.read, plan.operand_bytes / speeds.merge)
         + files / speeds.write
     )
+    threads = execution.num_threads()
     lines.append(
         f"about {_duration(seconds)} (a short probe: reads {_rate(speeds.read)}, merges "
-        f"{_rate(speeds.merge)} on {execution.num_threads()} threads, writes "
+        f"{_rate(speeds.merge)} on {threads} thread{'s' * (threads > 1)}, writes "
         f"{_rate(speeds.write)})"
     )
     lines += [f"note: {note}" for note in plan.layout.notes]

@@ -7,10 +7,11 @@ import os
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load_file
 
 from mergeme_ext.cli import main
 from mergeme_ext.integrations.model_check import problems_of
-from mergeme_ext.io import CheckpointError, CheckpointSource
+from mergeme_ext.io import CheckpointError, CheckpointSink, CheckpointSource
 from mergeme_ext.merging import (
     Allowances,
     Execution,
@@ -28,6 +29,7 @@ from python_tests.references.fp8 import dequantise, e4m3
 from python_tests.support.checkpoints import CONFIG, llama_tensors, save
 from python_tests.vocabulary.models import FOX, LOREM, added, byte_bpe
 
+SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0.5}\n"
@@ -118,7 +120,10 @@ def test_fp8_base_and_bfloat16_expert(here, block):
     base = fp8_model(here / "base", 0, block=block, names=[GATE, down], **config)
     expert = llama_tensors(1, torch.bfloat16)
     save(here / "a", expert, {"dtype": "bfloat16"})
-    run(TASK)
+    plan = run(TASK)
+    assert plan.read_bytes == sum(
+        tensor.nbytes for n in ("base", "a") for tensor in load_file(here / n / SINGLE).values()
+    )
     out = tensors_of(here / "out")
     assert out.keys() == expert.keys()
     for name, tensor in out.items():
@@ -185,7 +190,7 @@ def test_a_large_embedding_in_chunks_under_little_memory(here):
         "task_arithmetic", "dare_ties"
     )
     (here / "r.yaml").write_text(recipe.replace("0.5}", "0.5, density: 0.4}"))
-    plain = ["merge", "r.yaml", "-q", "--no-model-check", "--max-memory", "64MiB"]
+    plain = ["merge", "r.yaml", "-q", "--no-model-check", "--max-memory", "64MB"]
     for threads in ("1", "3"):
         assert main([*plain, f"out{threads}", "--threads", threads]) == 0
     assert folder_bytes(here / "out1") == folder_bytes(here / "out3")
@@ -333,7 +338,7 @@ def test_an_adapter_beside_a_plain_model(here):
     report = check_account(here / "out", here / "base", here / "other")
     adapted = report["inputs"]["base+lora"]
     assert sorted(adapted["used"]) == sorted(base) and not adapted["dropped"]
-    stored = safetensors.torch.load_file(here / "lora/adapter_model.safetensors")
+    stored = load_file(here / "lora/adapter_model.safetensors")
     assert adapted["adapter"] == {n: n.split(".lora_")[0][17:] + ".weight" for n in stored}
 
 
@@ -452,27 +457,25 @@ def spoilt(value, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        LINEAR,
-        COPY % "b",
-        TASK.replace("base_model: base", "base_model: a").replace("[{model: a}]", "[{model: b}]"),
-        "merge_method: model_stock\nbase_model: a\nmodels: [{model: b}, {model: c}]\n",
-    ],
-    ids=["linear", "passthrough", "task_arithmetic", "model_stock"],
-)
-def test_what_is_not_finite_is_named(here, recipe, value):
-    for name, tensors in (("a", llama_tensors(0)), ("b", spoilt(value)), ("c", llama_tensors(2))):
+@pytest.mark.parametrize("method", names())
+def test_what_is_not_finite_is_named(here, method, value):
+    """By every method, also those that look at whole tensors or models first."""
+    for name, tensors in (
+        ("base", llama_tensors(0)),
+        ("a", spoilt(value)),
+        ("b", llama_tensors(2)),
+    ):
         save(here / name, tensors)
-    message = rf"^b: tensor '{GATE}' holds {value} at \[3, 5\]; mend the model, or let it through"
+    spec = spec_of(here, method)
+    message = rf"a: tensor '{GATE}' holds {value} at \[3, 5\]; mend the model, or let it through"
     with pytest.raises(CheckpointError, match=message):
-        run(recipe)
+        merge(spec, here / "out")
     assert not (here / "out").exists() and not (here / ".out.partial").exists()
-    run(recipe, execution=Execution(allow_nonfinite=True))
-    out = tensors_of(here / "out")
-    assert not out[GATE][3, 5].isfinite()
-    assert all(t.isfinite().all() for n, t in out.items() if n != GATE)
+    merge(spec, here / "out", execution=Execution(allow_nonfinite=True))
+    if method in ("linear", "passthrough", "task_arithmetic"):
+        out = tensors_of(here / "out")
+        assert [n for n, t in out.items() if not t.isfinite().all()] == [GATE]
+        assert (~out[GATE].isfinite()).nonzero().tolist() == [[3, 5]]
 
 
 def test_the_command_line_lets_it_through(here, capsys):
@@ -520,6 +523,13 @@ def test_numbers_without_shape_empty_tensors_and_counters(here, dtype):
         assert torch.equal(out[name], odd[name]) and out[name].dtype == odd[name].dtype
     report = check_account(here / "out", here / "a", here / "b")
     assert report["tensors"]["model.mask"]["action"] == "copied"
+
+
+def test_a_model_without_tensors_is_refused(here):
+    for name in "ab":
+        save(here / name, {})
+    with pytest.raises(CheckpointError, match=r"^a has no tensors$"):
+        run(LINEAR)
 
 
 def test_a_bad_number_without_shape_is_named(here):
@@ -1048,7 +1058,7 @@ def test_an_adapter_with_tokens_of_its_own(here):
     tokenizer.save(str(here / "b/tokenizer.json"))
     updates = save_adapter(here / "lora", 1, TARGETS)
     file = here / "lora/adapter_model.safetensors"
-    stored = safetensors.torch.load_file(file)
+    stored = load_file(file)
     rows = {name: torch.randn(267, 16) for name in (EMBEDDING, HEAD)}
     stored |= {f"base_model.model.{name}": tensor for name, tensor in rows.items()}
     safetensors.torch.save_file(stored, file)
@@ -1111,6 +1121,28 @@ def test_what_is_done_of_several_documents_is_not_done_again(here, monkeypatch):
     save(here / "a", llama_tensors(7))
     run(DOCUMENTS, resume=True, overwrite=True)
     assert merged == ["middle", "out", "middle", "out"]
+
+
+@pytest.mark.parametrize("method", names())
+def test_a_merge_goes_on_with_other_chunks_and_threads(here, monkeypatch, method):
+    for seed, name in enumerate(("base", "a", "b")):
+        save(here / name, llama_tensors(seed))
+    spec = spec_of(here, method)
+    merge(spec, here / "whole")
+    write_at, calls = CheckpointSink.write_at, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        write_at(*args)
+
+    monkeypatch.setattr(CheckpointSink, "write_at", fail)
+    with pytest.raises(KeyboardInterrupt):
+        merge(spec, here / "out", execution=Execution(chunk_elements=64, threads=2))
+    execution = Execution(chunk_elements=101, threads=1)
+    merge(spec, here / "out", execution=execution, resume=True)
+    assert folder_bytes(here / "out") == folder_bytes(here / "whole")
 
 
 def test_changed_statistics_are_another_merge(here):
