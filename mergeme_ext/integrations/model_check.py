@@ -89,8 +89,14 @@ def problems_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]])
         name: list(t.shape)
         for name, t in revert_weight_conversion(model, model.state_dict()).items()
     }
-    expected = min(loaded, stored, key=lambda e: len(e.keys() ^ tensors.keys()))
+    ways = [loaded, stored]
+    # Or without what stands before the names of everything but the head, as GPT-2's is.
+    prefix = f"{kind.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in tensors):
+        ways = [{name.removeprefix(prefix): s for name, s in way.items()} for way in ways]
+    expected = min(ways, key=lambda way: len(way.keys() ^ tensors.keys()))
     tied = set(getattr(model, "all_tied_weights_keys", {}) or ())
+    tied |= {name.removeprefix(prefix) for name in tied}
     missing = sorted(expected.keys() - tensors.keys() - tied)
     ignored = [
         re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", []) or []
@@ -98,7 +104,9 @@ def problems_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]])
     unexpected = [
         name
         for name in sorted(tensors.keys() - expected.keys())
-        if not _COMPUTED.fullmatch(name) and not any(p.search(name) for p in ignored)
+        if not _COMPUTED.fullmatch(name)
+        and not _is_predictor(name, config)
+        and not any(p.search(name) for p in ignored)
     ]
     misshapen = [
         f"{name} is {list(tensors[name])}, expected {expected[name]}"
@@ -115,6 +123,13 @@ def problems_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]])
             more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             out.append(f"{what} {', '.join(found[:_SHOWN])}{more}")
     return out
+
+
+def _is_predictor(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of the layers that predict further tokens, which transformers skips."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    first, count = (config.get(f"num_{k}_layers") or 0 for k in ("hidden", "nextn_predict"))
+    return layer is not None and first <= int(layer[1]) < first + count
 
 
 def _main() -> None:

@@ -575,9 +575,10 @@ def transformers_model(folder, kind, seed, *, dtype=torch.float32, scale=0.5, sa
         "eos_token_id": 1,
         "bos_token_id": 2,
     }
-    config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(
-        **{**shared, **KINDS[kind], **changes}
-    )
+    if kind == "GPT2LMHeadModel":
+        shared = {"n_head": 4, "bos_token_id": 2, "eos_token_id": 1}
+    family = kind.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    config = getattr(transformers, f"{family}Config")(**{**shared, **KINDS[kind], **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(config).to(dtype)
     with torch.no_grad():
@@ -594,6 +595,7 @@ KINDS = {
     "Qwen2ForCausalLM": {},
     "GemmaForCausalLM": {"num_key_value_heads": 1},
     "Gemma2ForCausalLM": {},
+    "GPT2LMHeadModel": {"n_positions": 16, "vocab_size": 64, "n_embd": 32, "n_layer": 2},
     "Qwen3MoeForCausalLM": EXPERTS,
     "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
     "MixtralForCausalLM": {"num_local_experts": 4},
@@ -676,6 +678,44 @@ def test_deepseek_keeps_its_float32_corrections(here):
     assert load(here / "out").dtype == torch.bfloat16
     run(LINEAR + "dtype: bfloat16\n", "cast")
     assert tensors_of(here / "cast")[bias].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_gpt2_as_it_was_released(here):
+    """Names without what transformers puts before them, masks among the tensors, a tied head."""
+    models = []
+    for seed, name in enumerate("ab"):
+        models.append(transformers_model(here / name, "GPT2LMHeadModel", seed))
+        tensors = {n.removeprefix("transformer."): t for n, t in tensors_of(here / name).items()}
+        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+        safetensors.torch.save_file(tensors | masks, here / name / SINGLE, {"format": "pt"})
+    run(LINEAR)
+    assert problems(here / "out") == []
+    out = load(here / "out")
+    a, b = map(state, models)
+    assert all(torch.equal(t, mean(a[n], b[n])) for n, t in state(out).items())
+    generates(out)
+    run(SLICES, "stacked")
+    assert problems(here / "stacked") == [] and load(here / "stacked").config.n_layer == 5
+
+
+@pytest.mark.slow
+def test_layers_beyond_the_last_do_not_keep_a_model_from_loading(here):
+    for seed, name in enumerate("ab"):
+        transformers_model(here / name, "DeepseekV3ForCausalLM", seed)
+        tensors = tensors_of(here / name)
+        last = {n: t for n, t in tensors.items() if n.startswith("model.layers.2.")}
+        tensors |= {n.replace("layers.2.", "layers.3."): t.clone() for n, t in last.items()}
+        config = json.loads((here / name / "config.json").read_text())
+        save(here / name, tensors, {**config, "num_nextn_predict_layers": 1})
+    run(LINEAR)
+    assert any(n.startswith("model.layers.3.") for n in tensors_of(here / "out"))
+    assert problems(here / "out") == []
+    config = json.loads((here / "out/config.json").read_text())
+    del config["num_nextn_predict_layers"]
+    (here / "out/config.json").write_text(json.dumps(config))
+    (problem,) = problems(here / "out")
+    assert problem.startswith("it would not know model.layers.3.")
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
