@@ -83,21 +83,20 @@ def problems_of(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]])
     settings = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = kind._from_config(settings)
-    loaded = {name: list(t.shape) for name, t in model.state_dict().items()}
+    state = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or ())
     # On disk a model may be laid out as in memory or as its first release was.
-    stored = {
-        name: list(t.shape)
-        for name, t in revert_weight_conversion(model, model.state_dict()).items()
-    }
-    ways = [loaded, stored]
+    ways = [state, revert_weight_conversion(model, state)]
+    untied = {name: t for name, t in state.items() if name not in tied}
+    needed = {*untied, *revert_weight_conversion(model, untied)}
+    ways = [{name: list(t.shape) for name, t in way.items()} for way in ways]
     # Or without what stands before the names of everything but the head, as GPT-2's is.
     prefix = f"{kind.base_model_prefix}."
     if not any(name.startswith(prefix) for name in tensors):
         ways = [{name.removeprefix(prefix): s for name, s in way.items()} for way in ways]
+        needed = {name.removeprefix(prefix) for name in needed}
     expected = min(ways, key=lambda way: len(way.keys() ^ tensors.keys()))
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or ())
-    tied |= {name.removeprefix(prefix) for name in tied}
-    missing = sorted(expected.keys() - tensors.keys() - tied)
+    missing = sorted((expected.keys() & needed) - tensors.keys())
     ignored = [
         re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", []) or []
     ]

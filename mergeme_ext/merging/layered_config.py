@@ -47,6 +47,11 @@ _SPARSE_STEP, _DENSE_LAYERS = "decoder_sparse_step", "mlp_only_layers"
 _Rule = tuple[Callable[[Mapping[str, Any], int], Any], str | None]
 _RULES: dict[str, _Rule] = {
     "first_k_dense_replace": (lambda c, i: i < c["first_k_dense_replace"], "mlp_layer_types"),
+    "moe_layer_start_index": (lambda c, i: i >= c["moe_layer_start_index"], None),
+    "moe_layer_end_index": (
+        lambda c, i: c["moe_layer_end_index"] < 0 or i <= c["moe_layer_end_index"],
+        None,
+    ),
     "max_window_layers": (
         lambda c, i: bool(c.get("use_sliding_window")) and i >= c["max_window_layers"],
         "layer_types",
@@ -82,7 +87,12 @@ _RULES: dict[str, _Rule] = {
     ),
 }
 # Of these another number may say it.
-_THRESHOLDS = ("first_k_dense_replace", "max_window_layers")
+_THRESHOLDS = (
+    "first_k_dense_replace",
+    "max_window_layers",
+    "moe_layer_start_index",
+    "moe_layer_end_index",
+)
 _LOOKS_LAYERED = re.compile(r"layer|block_type|_idxs|_indexes|_indices")
 _PERIODIC = re.compile(r"layer.*(period|interval|step|freq)|every_n_layer")
 

@@ -885,6 +885,35 @@ def test_modules_of_a_vision_model(here):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Gemma3", "PaliGemma"])
+def test_vision_models_with_a_tied_head(here, kind):
+    """On disk all of the text's names begin with language_model, so the head's would too."""
+    import transformers
+
+    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shared |= {"num_attention_heads": 4}
+    text = {**shared, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    text |= {"pad_token_id": 0, "model_type": "gemma3_text" if kind == "Gemma3" else "gemma"}
+    vision = {**shared, "image_size": 8, "patch_size": 4, "model_type": "siglip_vision_model"}
+    more = {"mm_tokens_per_image": 4} if kind == "Gemma3" else {"projection_dim": 32}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config={**vision, "projection_dim": 32}, **more
+    )
+    models = []
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        models.append(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+        models[-1].save_pretrained(here / name)
+    run(LINEAR)
+    assert problems(here / "out") == []
+    a, b = map(state, models)
+    out = state(load(here / "out"))
+    floating = [n for n in out if out[n].is_floating_point()]
+    assert all(torch.equal(out[n], mean(a[n], b[n])) for n in floating)
+    assert not any("lm_head" in n for n in tensors_of(here / "out"))
+
+
 # Every method
 
 

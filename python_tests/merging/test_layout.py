@@ -496,6 +496,13 @@ CONFIGS = [
     ({"max_window_layers": 2, "use_sliding_window": True}, None),
     ({"max_window_layers": 4, "use_sliding_window": True}, {"max_window_layers": 6}),
     ({"first_k_dense_replace": 0}, {"first_k_dense_replace": 0}),
+    (
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 5},
+    ),
+    ({"moe_layer_end_index": 2}, {"moe_layer_end_index": 4}),
+    ({"moe_layer_end_index": -1}, {"moe_layer_end_index": -1}),
+    ({"moe_layer_start_index": 2}, None),
     ({"sliding_window_pattern": 2}, {"sliding_window_pattern": 2}),
     ({"sliding_window_pattern": 3}, None),
     ({"attn_layer_period": 2, "attn_layer_offset": 0}, {"attn_layer_period": 2}),
