@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class VocabularyError(CheckpointError):
     """Tokenizers that cannot be read, or not be made into one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelTokenizer:
     """A model's tokenizer.
 
@@ -46,9 +46,9 @@ class ModelTokenizer:
 
     label: str
     folder: Path
-    document: Mapping[str, Any]
-    ids: Mapping[str, int]
-    added: Mapping[str, Mapping[str, bool]]
+    document: Mapping[str, Any] = field(repr=False)
+    ids: Mapping[str, int] = field(repr=False)
+    added: Mapping[str, Mapping[str, bool]] = field(repr=False)
 
     @property
     def kind(self) -> str:

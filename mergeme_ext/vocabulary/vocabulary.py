@@ -61,7 +61,7 @@ class VocabularyInput:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowPlan:
     """Where one model's rows in the result's vocabulary come from.
 
@@ -78,7 +78,7 @@ class RowPlan:
     unchanged: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """What ``plan_vocabulary`` decided.
 
@@ -95,14 +95,14 @@ class Vocabulary:
     """
 
     size: int
-    ids: Mapping[str, int]
+    ids: Mapping[str, int] = field(repr=False)
     notes: Sequence[str]
     inputs: Sequence[VocabularyInput]
-    tokenizers: Sequence[ModelTokenizer]
+    tokenizers: Sequence[ModelTokenizer] = field(repr=False)
     lead: int
     kept: int
-    document: Mapping[str, Any] | None
-    plans: Sequence[RowPlan]
+    document: Mapping[str, Any] | None = field(repr=False)
+    plans: Sequence[RowPlan] = field(repr=False)
 
     @property
     def tokens(self) -> int:
