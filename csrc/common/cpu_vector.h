@@ -79,9 +79,15 @@ MERGEME_INLINE DoubleVector load(const double* p) {
   return v;
 }
 MERGEME_INLINE FloatVector load(const bfloat16_t* p) {
+#if defined(__AVX512F__)  // gcc 12 makes two halves and a join of the plain conversion
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const BitsVector bits = reinterpret_cast<BitsVector>(_mm512_maskz_cvtepu16_epi32(0xffff, h))
+                          << 16;
+#else
   HalfBitsVector h;
   memcpy(&h, p, sizeof h);
   const BitsVector bits = __builtin_convertvector(h, BitsVector) << 16;
+#endif
   return reinterpret_cast<FloatVector>(bits);
 }
 MERGEME_INLINE FloatVector load(const float16_t* p) {

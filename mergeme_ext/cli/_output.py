@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from mergeme_ext.io import parse_size
 from mergeme_ext.merging.execution import Execution
 
-__all__ = ["add_execution_arguments", "add_output_arguments", "byte_bar", "execution_of"]
+__all__ = [
+    "add_execution_arguments",
+    "add_output_arguments",
+    "byte_bar",
+    "execution_of",
+    "set_threads",
+]
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +66,18 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="weights merged at a time (default: what fits the cache and the memory)",
     )
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Obey ``--threads``.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"expected threads of at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
 
 
 def execution_of(args: argparse.Namespace, **rest: Any) -> Execution:

@@ -19,7 +19,6 @@ from mergeme_ext.io import (
     CheckpointSink,
     CheckpointSource,
     dtype_name,
-    load_json_object,
 )
 from mergeme_ext.io.names import EMBEDDING, HEAD
 from mergeme_ext.io.operands import Cut, Operand, same_values
@@ -247,6 +246,7 @@ def write_checkpoint(
         ranks: The processes that share the work.
     """
     ranks = ranks or Alone()
+    ranks.begin()
     sink = CheckpointSink(
         out,
         tensors,
@@ -259,11 +259,10 @@ def write_checkpoint(
     )
     if ranks.rank > 0:
         ranks.wait("begun", 1)
-        with sink:
-            bar_of_none = progress_bar(None, 0)
-            with bar_of_none as bar:
-                merge_all(method, tensors, sink, execution, ranks=ranks, bar=bar)
+        with sink, progress_bar(None, 0) as bar:
+            merge_all(method, tensors, sink, execution, ranks=ranks, bar=bar)
         ranks.arrive("done")
+        ranks.wait("published", 1)
         return
     with sink:
         ranks.arrive("begun")
@@ -272,6 +271,7 @@ def write_checkpoint(
             ranks.wait("done", ranks.size - 1)
         sink.collect()
         finish(sink)
+    ranks.arrive("published")
 
 
 def merge(
@@ -603,18 +603,11 @@ def plan_documents(
     for spec in specs[:-1]:
         target = work / spec.name
         plan = plan_merge(spec.with_documents(made), allow=allow)
-        if not _is_result_of(plan, target):
+        done, mark = plan.fingerprint(), work / f"{spec.name}.done"
+        if not (target.is_dir() and mark.is_file() and mark.read_text() == done):
             shutil.rmtree(target, ignore_errors=True)
             yield plan, target
+            mark.write_text(done)
         made[spec.name] = target
     yield plan_merge(specs[-1].with_documents(made), allow=allow), out
     shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_result_of(plan: MergePlan, folder: Path) -> bool:
-    """Whether ``folder`` holds what ``plan`` would write."""
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        return False
-    report = load_json_object(path.read_bytes(), str(path))
-    return report.get("fingerprint") == plan.fingerprint()

@@ -23,6 +23,7 @@ from mergeme_ext.merging.devices import Device, open_device
 from mergeme_ext.merging.ranks import Alone, Ranks
 from mergeme_ext.merging.registry import MergeMethod, Visit
 from mergeme_ext.merging.workers import run_jobs
+from mergeme_ext.ops import first_nonfinite
 
 __all__ = [
     "Execution",
@@ -381,7 +382,7 @@ def check_finite(chunk: Tensor, offset: int, tensor: PlannedTensor, label: str |
         CheckpointError: Naming where the first NaN or infinity is: in the model called ``label``,
             or in the result.
     """
-    first = first_nonfinite(chunk)
+    first = int(first_nonfinite(chunk))
     if first < 0:
         return
     value = chunk[first].item()
@@ -396,9 +397,3 @@ def check_finite(chunk: Tensor, offset: int, tensor: PlannedTensor, label: str |
         f"{dtype_name(tensor.dtype)}; choose another out_dtype, or let it through with "
         "allow_nonfinite"
     )
-
-
-def first_nonfinite(chunk: Tensor) -> int:
-    """Return the index of the first NaN or infinity in a flat tensor; -1 if there is none."""
-    finite = torch.isfinite(chunk)
-    return -1 if finite.all() else int(finite.logical_not().int().argmax())

@@ -13,17 +13,24 @@ from mergeme_ext.recipes import as_number
 
 __all__ = [
     "ActiveAbove",
+    "ArcPlace",
+    "ClampT",
     "Clip",
     "Compat",
     "Density",
     "Elect",
+    "FilterWise",
     "Gamma",
     "Inter",
     "Kind",
     "Lambda",
+    "MaxIter",
     "NearDistance",
     "NonDiagonalRatio",
     "Normalize",
+    "NormalizeWeights",
+    "NuslerpFlatten",
+    "NuslerpRowWise",
     "RankWindow",
     "Rescale",
     "RescaleStat",
@@ -34,7 +41,9 @@ __all__ = [
     "SelectTopk",
     "SignTie",
     "SmallConstant",
+    "SmallestNorm",
     "Task",
+    "Tolerance",
     "TrimScope",
     "UniformBelow",
     "UniqueGain",
@@ -134,6 +143,19 @@ def _seed(value: Any, num_models: int) -> int:
     return value
 
 
+def _positive(value: Any, num_models: int) -> float:
+    number = as_number(value)
+    if number is None or number <= 0:
+        raise ValueError("a finite number above 0")
+    return number
+
+
+def _count(value: Any, num_models: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a whole number of at least 1")
+    return value
+
+
 Weights = Annotated[Sequence[float], Kind("weight", _finite, per_model=True)]
 Density = Annotated[Sequence[float], Kind("density", _density, per_model=True)]
 Lambda = Annotated[float, Kind("lambda", _lambda)]
@@ -154,6 +176,18 @@ RescaleStat = Annotated[str, Kind("rescale_stat", _one_of("mean_of_means", "glob
 Inter = Annotated[str, Kind("inter", _one_of("sum", "sign_mm"))]
 Clip = Annotated[float, Kind("clip", _interval(0, 0.5, "a fraction in [0, 0.5)", open_high=True))]
 ScopeOption = Annotated[str, Kind("scope", _one_of("model", "tensor"))]
+
+# What works with angles and norms.
+
+ArcPlace = Annotated[float, Kind("t", _finite)]
+ClampT = Annotated[bool, Kind("clamp_t", _flag)]
+FilterWise = Annotated[bool, Kind("filter_wise", _flag)]
+MaxIter = Annotated[int, Kind("max_iter", _count)]
+NormalizeWeights = Annotated[bool, Kind("normalize_weights", _flag)]
+NuslerpFlatten = Annotated[bool, Kind("nuslerp_flatten", _flag)]
+NuslerpRowWise = Annotated[bool, Kind("nuslerp_row_wise", _flag)]
+SmallestNorm = Annotated[float, Kind("eps", _positive)]
+Tolerance = Annotated[float, Kind("tol", _positive)]
 
 # What thins and masks task vectors, and what compares weights with a threshold.
 _FRACTION = _interval(0, 1, "a fraction in [0, 1]")

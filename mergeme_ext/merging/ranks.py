@@ -16,6 +16,9 @@ class Alone:
 
     rank, size, restarted = 0, 1, False
 
+    def begin(self) -> None:
+        """Say that another merge begins."""
+
     def draw(self, count: int) -> Iterator[int]:
         """Yield the numbers below ``count`` that this process is to work on."""
         return iter(range(count))
@@ -35,38 +38,51 @@ class Ranks:
     """This process among those that torchrun started, through torch.distributed's store.
 
     Args:
-        store: The store that all of them see; a fresh one after every restart.
+        store: The store that all of them see. It may outlive a process that died.
         rank: Of this process, from 0.
         size: How many there are.
-        restarted: Whether torchrun started them again after one had died.
+        restarts: How often torchrun has started them again, because one had died.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, restarted: bool = False):
-        self._store, self.rank, self.size, self.restarted = store, rank, size, restarted
+    def __init__(self, store: Any, rank: int, size: int, restarts: int = 0):
+        self._store, self.rank, self.size = store, rank, size
+        self._restarts, self._merge = restarts, 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether these processes go on where others were stopped."""
+        return self._restarts > 0
+
+    def begin(self) -> None:
+        """Say that another merge begins: nothing that was said of an earlier one counts."""
+        self._merge += 1
+
+    def _key(self, name: str) -> str:
+        return f"mergeme/{self._restarts}/{self._merge}/{name}"
 
     def draw(self, count: int) -> Iterator[int]:
         """Yield numbers below ``count``; every one goes to exactly one process."""
-        while (number := self._store.add("mergeme/drawn", 1) - 1) < count:
+        while (number := self._store.add(self._key("drawn"), 1) - 1) < count:
             yield number
 
     def arrive(self, point: str) -> None:
         """Say that this process is at ``point``."""
-        self._store.add(f"mergeme/at/{point}", 1)
+        self._store.add(self._key(f"at/{point}"), 1)
 
     def wait(self, point: str, processes: int) -> None:
         """Wait, for hours if need be, until ``processes`` have arrived at ``point``."""
-        while self._store.add(f"mergeme/at/{point}", 0) < processes:
+        while self._store.add(self._key(f"at/{point}"), 0) < processes:
             time.sleep(_POLL_SECONDS)
 
     def share(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what rank 0's ``make`` returned, which JSON can hold."""
-        key = f"mergeme/shared/{name}"
+        key = self._key(f"shared/{name}")
         if self.rank == 0:
             value = make()
             self._store.set(key, json.dumps(value))
-            self.arrive(key)
+            self.arrive(f"shared/{name}")
             return value
-        self.wait(key, 1)
+        self.wait(f"shared/{name}", 1)
         return json.loads(self._store.get(key))
 
 
@@ -77,5 +93,4 @@ def join_ranks() -> Alone | Ranks:
     import torch.distributed
 
     store, rank, size = next(torch.distributed.rendezvous("env://"))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return Ranks(store, rank, size, restarted)
+    return Ranks(store, rank, size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))

@@ -54,7 +54,6 @@ def merge_report(plan: "MergePlan", notes: Mapping[str, Any]) -> dict[str, Any]:
         }
     report = {
         "written_by": f"mergeme_ext {__version__}",
-        "fingerprint": plan.fingerprint(),
         "method": plan.method.name,
         "inputs": inputs,
         "tensors": tensors,

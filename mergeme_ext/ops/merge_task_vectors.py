@@ -46,8 +46,9 @@ def merge_task_vectors(
             words give eight numbers, low halves first.
         offset: Flat index in the whole tensor of the first element given here, so that a tensor
             merged in chunks has the bits of one merged whole. Only masks look at it.
-        elect: "none"; "sum" elects the sign of the sum of v_m; "count" that of the sum of signs.
-            Ties and zero totals elect +. An element that is zero never agrees.
+        elect: "none"; "sum" elects the sign of the sum of v_m; "count" that of the sum of signs;
+            "unweighted" that of the sum of x. Ties and zero totals elect +. An element that is zero
+            never agrees.
         normalize: Whether to divide by the sum of weights.
         lam: Dimensionless factor on the mix (the papers' lambda).
 

@@ -130,21 +130,44 @@ def test_ranks_write_the_bytes_of_one_process(models, method):
 
 
 @pytest.mark.slow
+def test_ranks_carry_out_several_documents(models):
+    (models / "r.yaml").write_text(
+        "name: first\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 1}\n---\n"
+        "merge_method: linear\nmodels: [{model: first}, {model: base}]\nparameters: {weight: 1}\n"
+    )
+    run(["r.yaml", "alone"], models)
+    run(["r.yaml", "out"], models, program=[*TORCHRUN, "-m", "mergeme_ext", "merge"])
+    assert contents(models / "out") == contents(models / "alone")
+    assert not [p for p in models.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_is_replaced(models):
     run(["r.yaml", "alone"], models)
     script = models / "dying.py"
-    first_life = """
-        import time
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            if os.environ["RANK"] == "1":
-                os.environ["WRITES"] = "5"
-    """
-    dying = textwrap.dedent(KILLED).replace("\n", "\n        ")
-    text = textwrap.dedent(first_life).rstrip() + dying.rstrip() + "\n"
-    text += "        open('died', 'w').close()\n"
-    text += "    else:\n        time.sleep(1)\n"  # so that rank 1 gets some of the work
-    end = "from mergeme_ext.cli import main\nsys.exit(main(['merge', *sys.argv[1:]]))\n"
-    script.write_text("import os, sys\n" + text + end)
+    script.write_text(
+        textwrap.dedent("""
+            import os, signal, sys, time
+            from mergeme_ext.cli import main
+            from mergeme_ext.io import CheckpointSink
+
+            write_at, writes = CheckpointSink.write_at, []
+
+            def dying(self, *args):
+                if os.environ["RANK"] == "1" and len(writes) == 5:
+                    open("died", "w").close()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                while os.environ["RANK"] == "0" and not os.path.exists("died"):
+                    time.sleep(0.01)  # so that rank 1 gets its share
+                writes.append(args)
+                write_at(self, *args)
+
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                CheckpointSink.write_at = dying
+            sys.exit(main(["merge", *sys.argv[1:]]))
+        """)
+    )
     run(["r.yaml", "out"], models, program=[*TORCHRUN, "--max-restarts", "2", str(script)])
     assert (models / "died").exists()
     assert contents(models / "out") == contents(models / "alone")

@@ -25,7 +25,7 @@ from python_tests.support.tolerance import assert_within_rounding
 
 OP = "merge_task_vectors"
 MASKS = ["all", "magnitude", "random", "band"]
-ELECTIONS = ["none", "sum", "count"]
+ELECTIONS = ["none", "sum", "count", "unweighted"]
 # (shape, number of models): empty, one element, one model, odd sizes, many models, several blocks.
 CASES = [((0,), 2), ((1,), 3), ((33, 65), 1), ((2, 0, 4), 2), ((7, 11), 40), ((4099,), 3)]
 
@@ -271,7 +271,12 @@ BAD_INPUTS = [
         ValueError,
         "expected mask to be all, magnitude, random or band, got odd",
     ),
-    ("elect", lambda t: "odd", ValueError, "expected elect to be none, sum or count, got odd"),
+    (
+        "elect",
+        lambda t: "odd",
+        ValueError,
+        "expected elect to be none, sum, count or unweighted, got odd",
+    ),
     ("offset", lambda t: -1, ValueError, r"expected offset in \[0, .*got -1"),
     (
         "offset",

@@ -109,7 +109,7 @@ def sce(base, tensors, tau=1.0, *, relative=False):
     for i in range(n):
         sign = 1 if sum(d[i] for d in deltas) >= 0 else -1
         agree = [m for m in range(models) if deltas[m][i] * sign > 0]
-        divisor = max(sum(weights[m] for m in agree), 1e-6)
+        divisor = sum(weights[m] for m in agree) or 1.0
         mix = sum(weights[m] * deltas[m][i] for m in agree) / divisor
         out.append(base[i] + mix)
         size.append(abs(base[i]) + abs(mix))

@@ -17,9 +17,10 @@ def merge_task_vectors(base, tensors, weights, scales, kept, *, elect, normalize
     close = torch.zeros_like(b, dtype=torch.bool)
     agree = torch.ones_like(v, dtype=torch.bool)
     if elect != "none":
-        total = v.sum(0) if elect == "sum" else v.sign().sum(0)
+        votes = {"sum": v, "count": v.sign(), "unweighted": torch.where(kept, x, 0.0)}[elect]
+        total = votes.sum(0)
         agree = v.sign() == torch.where(total >= 0, 1.0, -1.0)
-        close = (total != 0) & (total.abs() < 1e-5 * v.abs().sum(0))
+        close = (total != 0) & (total.abs() < 1e-5 * votes.abs().sum(0))
     mix = torch.where(agree, v, 0.0).sum(0)
     size = torch.where(agree, v, 0.0).abs().sum(0)
     if normalize:

@@ -26,13 +26,22 @@ def digest():
         large, others = models((40_003,), dtype, 2)  # counts digits before it collects
         add(mergeme_ext.magnitude_threshold(large, others, [8_000, 30_000]))
         drops = torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.1, 0.0]], dtype=torch.float64)
+        for axis, count in (("all", 1), ("row", 64), ("column", 79)):
+            shaped = [t[:4_977].view(63, 79) for t in (base, *tensors)]
+            for num_models in (1, 2, 3):
+                add(mergeme_ext.gram(shaped[0], shaped[1 : 1 + num_models], axis=axis))
+                add(mergeme_ext.gram(None, (shaped * 2)[: 4 + num_models], axis=axis))
+            by_group = torch.linspace(-1, 2, count * 3, dtype=torch.float64).view(count, 3)
+            options = {"axis": axis, "offset": 7, "row_length": 79}
+            for start in (None, base):
+                add(mergeme_ext.combine_rows(start, tensors, by_group, **options))
         add(mergeme_ext.drop_by_rank(base, tensors, drops, key=5, inverse_prob=True))
         top = mergeme_ext.magnitude_threshold(base, tensors, [100, 200, 4])
         band = torch.cat([cuts, top], 1)
         selections = {"all": cuts, "magnitude": cuts, "random": drops, "band": band}
         for mask, selection in selections.items():
             add(mergeme_ext.masked_norms(base, tensors, selection, mask=mask, key=5))
-            for elect in ("none", "sum", "count"):
+            for elect in ("none", "sum", "count", "unweighted"):
                 for normalize in (False, True):
                     options = {"mask": mask, "key": 5, "offset": 3, "elect": elect}
                     options |= {"normalize": normalize, "lam": 0.3}

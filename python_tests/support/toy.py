@@ -43,11 +43,21 @@ def in_chunks(method, base, models, chunk, *, tensor_name="", **parameters):
     """What ``method`` merges to when its function is given stretches of ``chunk`` elements."""
     bound = method.bind(len(models), parameters)
     combine = method.prepare(base, models, bound, tensor_name=tensor_name)
-    flats = [t.reshape(-1) for t in (base, *models)]
+    like, flats = models[0], [t.reshape(-1) for t in models]
     if method.whole_rows:
-        chunk = max(1, chunk // base.shape[-1]) * base.shape[-1]
+        chunk = max(1, chunk // like.shape[-1]) * like.shape[-1]
     parts = []
-    for start in range(0, base.numel(), chunk):
-        flat_base, *tensors = [t[start : start + chunk] for t in flats]
-        parts.append(combine(flat_base, tensors, start))
-    return torch.cat(parts).view_as(base)
+    for start in range(0, like.numel(), chunk):
+        stretch = slice(start, start + chunk)
+        flat_base = None if base is None else base.reshape(-1)[stretch]
+        parts.append(combine(flat_base, [t[stretch] for t in flats], start))
+    return torch.cat(parts).view_as(like)
+
+
+def terms_of(dtype, num_models):
+    """Roundings in a combination of models whose weights were found in float64.
+
+    Float64 inputs feel those of the weights too: of sums of the 117 elements that ``make`` gives,
+    and of a few functions of them.
+    """
+    return 2 * num_models + (500 if dtype == torch.float64 else 4)

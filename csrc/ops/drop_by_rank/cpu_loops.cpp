@@ -7,7 +7,19 @@ namespace {
 
 using namespace mergeme::blocks;
 
-constexpr int kBins = 256;  // of a digit of one byte: their targets and counters stay in L1
+// How a sort cuts magnitude bits into digits. Wide ones need fewer passes, and spread exponents
+// over more counters: neighbours that share one wait for each other. Narrow ones have fewer to
+// clear.
+template <typename Bits, int kDigitBits>
+struct Digits {
+  static constexpr int kBins = 1 << kDigitBits;
+  static constexpr int kCount = (int(sizeof(Bits)) * 8 - 1 + kDigitBits - 1) / kDigitBits;
+  uint32_t counts[kCount][kBins] = {};
+  static MERGEME_INLINE uint32_t of(Bits bits, int d) {
+    return uint32_t(bits >> (d * kDigitBits)) & (kBins - 1);
+  }
+};
+constexpr int64_t kLongRow = 1024;
 
 template <typename Bits>
 struct Item {
@@ -17,9 +29,9 @@ struct Item {
 static_assert(kScratchPerElement == 2 * sizeof(Item<uint64_t>) + sizeof(uint32_t));
 
 // Appends places with their magnitude bits, in order of falling place, and counts the digits.
-template <typename T>
+template <typename T, typename D>
 MERGEME_INLINE void fill(const T* base_row, const T* row, int64_t length,
-                         Item<magnitude_t<acc_t<T>>>* items, int64_t (*counts)[kBins]) {
+                         Item<magnitude_t<acc_t<T>>>* items, D& digits) {
   using Acc = acc_t<T>;
   using Bits = magnitude_t<Acc>;
   alignas(64) Acc base[kBlock];
@@ -32,27 +44,26 @@ MERGEME_INLINE void fill(const T* base_row, const T* row, int64_t length,
     for (int j = 0; j < n; ++j) bits[j] = magnitude_bits(to_acc(tensor[j]) - base[j]);
     for (int j = 0; j < n; ++j) {
       items[length - 1 - (i + j)] = {bits[j], uint32_t(i + j)};
-      for (int d = 0; d < int(sizeof(Bits)); ++d) ++counts[d][uint8_t(bits[j] >> (8 * d))];
+      for (int d = 0; d < D::kCount; ++d) ++digits.counts[d][D::of(bits[j], d)];
     }
   }
 }
 
 // Sorts by magnitude, smallest first, items of equal magnitude staying in order; returns the sorted
 // list, which is one of the two. Digits that all items share cost nothing.
-template <typename Bits>
+template <typename Bits, typename D>
 MERGEME_INLINE Item<Bits>* sort_items(Item<Bits>* items, Item<Bits>* other, int64_t length,
-                                      int64_t (*counts)[kBins]) {
-  for (int d = 0; d < int(sizeof(Bits)); ++d) {
-    int64_t* next = counts[d];
-    if (next[uint8_t(items[0].bits >> (8 * d))] == length) continue;
-    int64_t sum = 0;
-    for (int b = 0; b < kBins; ++b) {
-      const int64_t count = next[b];
+                                      D& digits) {
+  for (int d = 0; d < D::kCount; ++d) {
+    uint32_t* next = digits.counts[d];
+    if (next[D::of(items[0].bits, d)] == length) continue;
+    uint32_t sum = 0;
+    for (int b = 0; b < D::kBins; ++b) {
+      const uint32_t count = next[b];
       next[b] = sum;
       sum += count;
     }
-    for (int64_t i = 0; i < length; ++i)
-      other[next[uint8_t(items[i].bits >> (8 * d))]++] = items[i];
+    for (int64_t i = 0; i < length; ++i) other[next[D::of(items[i].bits, d)]++] = items[i];
     Item<Bits>* const sorted = other;
     other = items;
     items = sorted;
@@ -60,7 +71,7 @@ MERGEME_INLINE Item<Bits>* sort_items(Item<Bits>* items, Item<Bits>* other, int6
   return items;
 }
 
-template <typename T>
+template <typename T, int kDigitBits>
 void drop_row(const Params& p, int64_t model, int64_t row, void* scratch) {
   using Acc = acc_t<T>;
   using Bits = magnitude_t<Acc>;
@@ -70,9 +81,9 @@ void drop_row(const Params& p, int64_t model, int64_t row, void* scratch) {
   Acc* out = static_cast<Acc*>(p.out) + (model * p.rows + row) * p.length;
   auto* items = static_cast<Item<Bits>*>(scratch);
   auto* ranks = reinterpret_cast<uint32_t*>(items + 2 * p.length);
-  int64_t counts[sizeof(Bits)][kBins] = {};
-  fill(base_row, tensor_row, p.length, items, counts);
-  const Item<Bits>* sorted = sort_items(items, items + p.length, p.length, counts);
+  Digits<Bits, kDigitBits> digits;
+  fill(base_row, tensor_row, p.length, items, digits);
+  const Item<Bits>* sorted = sort_items(items, items + p.length, p.length, digits);
   for (int64_t r = 0; r < p.length; ++r) ranks[sorted[r].place] = uint32_t(r);
 
   const Ramp ramp = make_ramp(p.selection[2 * model], p.selection[2 * model + 1], p.length);
@@ -102,7 +113,12 @@ void drop_row(const Params& p, int64_t model, int64_t row, void* scratch) {
 
 void drop_rows(const Params& p, int64_t begin, int64_t end, void* scratch) {
   dispatch_floating(p.dtype, [&]<typename T>() {
-    for (int64_t t = begin; t < end; ++t) drop_row<T>(p, t / p.rows, t % p.rows, scratch);
+    for (int64_t t = begin; t < end; ++t) {
+      if (p.length < kLongRow)
+        drop_row<T, 8>(p, t / p.rows, t % p.rows, scratch);
+      else
+        drop_row<T, 11>(p, t / p.rows, t % p.rows, scratch);
+    }
   });
 }
 

@@ -12,7 +12,9 @@ inline Elect elect_of(std::string_view name) {
   if (name == "none") return Elect::kNone;
   if (name == "sum") return Elect::kSum;
   if (name == "count") return Elect::kCount;
-  TORCH_CHECK_VALUE(false, kOp, ": expected elect to be none, sum or count, got ", name);
+  if (name == "unweighted") return Elect::kUnweighted;
+  TORCH_CHECK_VALUE(false, kOp, ": expected elect to be none, sum, count or unweighted, got ",
+                    name);
 }
 
 // Runs first in every backend. Reads no element, so it never synchronises a stream.

@@ -26,7 +26,8 @@ MERGEME_INLINE void add_model(const L* __restrict tensor, const Acc* __restrict 
   const Acc coefficient = term.coefficient, weight = term.weight;
   for (int j = 0; j < n; ++j) {
     const Acc x = to_acc(tensor[j]) - base[j];
-    const Acc v = keep(j, x) ? coefficient * x : Acc(0);
+    const bool kept = keep(j, x);
+    const Acc v = kept ? coefficient * x : Acc(0);
     if constexpr (kElect == Elect::kNone) {
       positive[j] += v;
     } else {  // a NaN enters both sums, so that whichever is elected shows it
@@ -36,6 +37,7 @@ MERGEME_INLINE void add_model(const L* __restrict tensor, const Acc* __restrict 
       agree_negative[j] += v < 0 ? weight : Acc(0);
       if constexpr (kElect == Elect::kCount)
         votes[j] += (v > 0 ? Acc(1) : Acc(0)) - (v < 0 ? Acc(1) : Acc(0));
+      if constexpr (kElect == Elect::kUnweighted) votes[j] += kept ? x : Acc(0);
     }
   }
 }
@@ -140,6 +142,8 @@ void merge_range(const Params& p, int64_t begin, int64_t end) {
         return merge<T, Elect::kSum>(p, begin, end);
       case Elect::kCount:
         return merge<T, Elect::kCount>(p, begin, end);
+      case Elect::kUnweighted:
+        return merge<T, Elect::kUnweighted>(p, begin, end);
     }
   });
 }

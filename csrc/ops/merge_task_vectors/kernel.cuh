@@ -76,6 +76,7 @@ __global__ void merge_kernel(Params p) {
           agree_negative[e] += v < 0 ? term.weight : Acc(0);
           if constexpr (kElect == Elect::kCount)
             votes[e] += v > 0 ? Acc(1) : v < 0 ? Acc(-1) : Acc(0);
+          if constexpr (kElect == Elect::kUnweighted) votes[e] += kept ? delta : Acc(0);
         }
       }
     }

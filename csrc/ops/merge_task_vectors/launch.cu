@@ -31,6 +31,8 @@ void launch(const Params& p, void* stream) {
         return launch_merge<T, Elect::kSum>(p, stream);
       case Elect::kCount:
         return launch_merge<T, Elect::kCount>(p, stream);
+      case Elect::kUnweighted:
+        return launch_merge<T, Elect::kUnweighted>(p, stream);
     }
   });
 }

@@ -6,7 +6,7 @@
 namespace mergeme::merge_task_vectors {
 
 // How the sign of an output element is chosen among the models.
-enum class Elect : int32_t { kNone, kSum, kCount };
+enum class Elect : int32_t { kNone, kSum, kCount, kUnweighted };
 
 struct Params {
   void* out;                   // [numel]

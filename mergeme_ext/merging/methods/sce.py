@@ -8,12 +8,12 @@ from torch import Tensor
 from mergeme_ext.merging.parameters import SelectTopk, UniformBelow
 from mergeme_ext.merging.registry import Combine, Scope, merge_method
 from mergeme_ext.merging.select import select
-from mergeme_ext.merging.sweep import block_sum, in_parts, slices, task_vectors, widened
+from mergeme_ext.merging.sweep import block_sum, in_parts, slices, widened
+from mergeme_ext.ops import masked_norms, merge_task_vectors
 
 # Sums of mean squares below these weigh nothing: absolute, or as a share of the base's.
 _SMALLEST_TOTAL = 1e-6
 _SMALLEST_SHARE = 1e-12
-_SMALLEST_DIVISOR = 1e-6
 
 
 @merge_method("sce", paper="Wan et al. 2024, arXiv:2408.07990", scope=Scope.TENSOR)
@@ -41,7 +41,10 @@ def sce(
             engine fills it in.
 
     At each place the sign of the plain sum is elected, a tie electing plus. The result is the base
-    plus the weighted mean of the changes that agree; a divisor below 1e-6 counts as that.
+    plus the weighted mean of the changes that agree.
+
+    Departs from mergekit's: the mean's divisor has no floor of 1e-6, which would shrink changes
+    where only models agree that weigh less than that.
     """
     kept = _Kept(tensors, select_topk)
     squares = _mean_squares(base, tensors, kept)
@@ -58,18 +61,15 @@ def sce(
         if uniform:
             notes["uniform"] = True
 
+    f64 = {"dtype": torch.float64, "device": base.device}
+    w, ones = torch.tensor(weights, **f64), torch.ones(len(weights), **f64)
+    selection = torch.zeros(len(weights), 2, **f64)
+
     def combine(base: Tensor | None, tensors: Sequence[Tensor], offset: int) -> Tensor:
-        xs = kept.task_vectors(base, tensors, offset)
-        votes = torch.zeros_like(xs[0])
-        for x in xs:
-            votes += x
-        sign = torch.where(votes < 0, -1.0, 1.0)
-        mix, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
-        for weight, x in zip(weights, xs, strict=True):
-            agrees = ~(x * sign <= 0)  # a NaN agrees, and so shows
-            mix += torch.where(agrees, weight * x, 0)
-            divisor += weight * agrees.to(x.dtype)
-        return mix.div_(divisor.clamp_(min=_SMALLEST_DIVISOR)).add_(base).to(base.dtype)
+        moved = kept.others_reset(base, tensors, offset)
+        return merge_task_vectors(
+            base, moved, w, ones, selection, elect="unweighted", normalize=True
+        )
 
     return in_parts(combine)
 
@@ -111,16 +111,17 @@ class _Kept:
                     break
                 left -= len(ties)
 
-    def task_vectors(self, base: Tensor, tensors: Sequence[Tensor], offset: int) -> list[Tensor]:
-        """Return stretches of the task vectors, with zeros at the places that are not kept."""
-        xs = task_vectors(base, tensors)
+    def others_reset(
+        self, base: Tensor, tensors: Sequence[Tensor], offset: int
+    ) -> Sequence[Tensor]:
+        """Return stretches of ``tensors``, with the base's elements at the places not kept."""
         if self.everything:
-            return xs
+            return tensors
         variance = _variance(widened(tensors))
         dropped = variance < self.value
         ties = min(max(self.tie_end - offset, 0), len(dropped))
         dropped[ties:] |= variance[ties:] == self.value
-        return [x.masked_fill_(dropped, 0) for x in xs]
+        return [torch.where(dropped, base, t) for t in tensors]
 
 
 def _variance(tensors: Sequence[Tensor]) -> Tensor:
@@ -142,8 +143,9 @@ def _variance(tensors: Sequence[Tensor]) -> Tensor:
 
 def _mean_squares(base: Tensor, tensors: Sequence[Tensor], kept: _Kept) -> list[float]:
     flat, models = base.reshape(-1), [t.reshape(-1) for t in tensors]
-    sums = [0.0] * len(models)
+    nothing = torch.zeros(len(models), 2, dtype=torch.float64, device=base.device)
+    sums = nothing[:, 0].clone()
     for part in slices(flat.numel()):
-        xs = kept.task_vectors(flat[part], [m[part] for m in models], part.start)
-        sums = [s + block_sum(x.square_()) for s, x in zip(sums, xs, strict=True)]
-    return [s / max(1, flat.numel()) for s in sums]
+        moved = kept.others_reset(flat[part], [m[part] for m in models], part.start)
+        sums += masked_norms(flat[part], moved, nothing)[:, 1] ** 2
+    return (sums / max(1, flat.numel())).tolist()
