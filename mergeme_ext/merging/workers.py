@@ -48,9 +48,9 @@ def run_jobs(jobs: Iterator[Job], *, threads: int, memory: int) -> None:
         torch.set_num_threads(1)  # new threads take this over
         for worker in workers:
             worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.1)  # short, so that a signal is seen
+        # Not by join: an interrupted join takes its thread for ended (CPython 3.11).
+        while not pool.ended.wait(0.1):  # short, so that a signal is seen
+            pass
     except BaseException as error:
         pool.stop(error)
         raise
@@ -95,6 +95,8 @@ class _Pool:
         self._next: Job | None = None
         self._drawing = False  # a thread is in next(jobs), which may take long
         self._exhausted = False
+        self._at_work = threads
+        self.ended = threading.Event()  # no thread is at work any more
         self.error: BaseException | None = None
 
     def stop(self, error: BaseException) -> None:
@@ -114,6 +116,11 @@ class _Pool:
                     step()
         except BaseException as error:  # handed to the thread that waits for this one
             self.stop(error)
+        finally:
+            with self._changed:
+                self._at_work -= 1
+                if self._at_work == 0:
+                    self.ended.set()
 
     def _take(self) -> Callable[[], None] | None:
         """Wait for something to do; None when there is nothing more."""
