@@ -12,20 +12,33 @@ from mergeme_ext.io.format import dtype_name
 from mergeme_ext.io.sink import TEMPLATES, CheckpointSink
 from mergeme_ext.io.source import CheckpointSource
 
-__all__ = ["copy_companions", "portable_name", "with_dtype"]
+__all__ = [
+    "TEMPLATE_FILES",
+    "TOKENIZER_FILES",
+    "copy_companions",
+    "portable_name",
+    "with_dtype",
+]
 
-# config.json and README.md are written, not copied: the merge changes what they say.
-COMPANIONS = (
-    "generation_config.json",
+# What a tokenizer consists of besides its chat template.
+TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+# config.json and README.md are written, not copied: the merge changes what they say.
+COMPANIONS = (
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    *TEMPLATE_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",

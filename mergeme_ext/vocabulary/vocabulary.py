@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mergeme_ext.io import CheckpointSink
+from mergeme_ext.io.companions import TEMPLATE_FILES, TOKENIZER_FILES
 from mergeme_ext.io.format import load_json_object
 from mergeme_ext.io.operands import Operand, num_rows
 from mergeme_ext.vocabulary.rows import VocabularyRows
@@ -24,22 +25,8 @@ from mergeme_ext.vocabulary.tokenizer import (
 
 __all__ = ["RowPlan", "Vocabulary", "VocabularyInput"]
 
-# What a tokenizer consists of besides its chat template.
-TOKENIZER_FILES = (
-    DOCUMENT,
-    CONFIG,
-    "special_tokens_map.json",
-    ADDED,
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
 # Those that stay true, or are rewritten, when tokens are added.
 _EXTENSIBLE = (DOCUMENT, CONFIG, "special_tokens_map.json", ADDED)
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _GENERATION = "generation_config.json"
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
