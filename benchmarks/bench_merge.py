@@ -285,7 +285,7 @@ def table_of(summary: Sequence[dict]) -> str:
     return text_table(header, rows, rules=rules)
 
 
-def plot(summary: Sequence[dict], file: Path) -> None:
+def plot(summary: Sequence[dict], file: Path, note: str) -> None:
     """Wall time as a multiple of the floor's, one group per method."""
     from mergeme_ext.report import grouped_bars
 
@@ -293,7 +293,7 @@ def plot(summary: Sequence[dict], file: Path) -> None:
     ratios = {(r["method"], r["contender"]): r.get("wall_to_floor") for r in summary}
     names = [n for n in ("ours", "mergekit") if any((m, n) in ratios for m in methods)]
     series = {n: [ratios.get((m, n)) or 0.0 for m in methods] for n in names}
-    title = "Wall time of a merge, imports included"
+    title = f"Wall time of a merge, imports included\n{note}"
     axis = "multiple of reading the inputs and writing the output"
     grouped_bars(file, series, methods, title=title, axis=axis, reference=1.0)
 
@@ -388,7 +388,8 @@ def _timing(options, contenders: Sequence[Contender], work: Path, stream) -> lis
     imported = ", ".join(f"{name} {c['wall']:.2f} s" for name, c in imports_of(bench.rows).items())
     print(f"imports: {imported}; models of {format_size(weights_of(folders[0]))}")
     spread = ", ".join(f"{name} {ratio:.2f}" for name, ratio in noise.items())
-    verdict = "quiet" if max(noise.values()) <= NOISE else "NOISY: something else was running"
+    quiet = max(noise.values()) <= NOISE
+    verdict = "quiet" if quiet else "NOISY: something else was running"
     print(f"probes, largest / smallest: {spread} ({verdict})")
     for row in bench.rows:
         if "failed" in row:
@@ -396,7 +397,8 @@ def _timing(options, contenders: Sequence[Contender], work: Path, stream) -> lis
         if "compared" in row:
             print(f"outputs of {row['method']}: {row['compared']}")
     if options.plot:
-        plot(summary, options.plot)
+        size = format_size(weights_of(folders[0]))
+        plot(summary, options.plot, f"models of {size}, {'quiet' if quiet else 'noisy'} machine")
     return bench.rows
 
 
