@@ -89,7 +89,7 @@ class MoEPlan:
     @property
     def config(self) -> dict[str, Any]:
         """The result's ``config.json``."""
-        dtype = self.spec.dtype or self.base.source.info(names.EMBEDDING).dtype
+        dtype = self.spec.dtype or self.base.source.default_dtype(names.EMBEDDING)
         return mixtral_config(
             self.base.config,
             num_experts=len(self.experts),
@@ -225,7 +225,7 @@ def plan_tensors(spec: MoESpec, base: Model, num_experts: int) -> list[MoETensor
     """Return the tensors of the result in the order in which they are written."""
     tensors = []
     for name, shape in names.dense_shapes(base.config).items():
-        dtype = spec.dtype or base.source.info(name).dtype
+        dtype = spec.dtype or base.source.default_dtype(name)
         part = names.part_of(name)
         if part.kind is not names.PartKind.FFN:
             tensors.append(MoETensor(TensorInfo(name, dtype, shape), name))

@@ -1,7 +1,7 @@
 """Would transformers load these tensors as this model? Asked without reading a weight.
 
 ``ModelCheck`` asks in a process of its own, as the import of transformers takes longer than many a
-merge; ``python -m mergeme_ext.integrations.model_check`` is that process.
+merge; this file, run as a program, is that process.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class ModelCheck:
         json.dump(question, self._question)
         self._question.seek(0)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", __file__],  # -P: nothing is imported from where it is run
             stdin=self._question,
             stdout=self._answer,
             stderr=subprocess.DEVNULL,

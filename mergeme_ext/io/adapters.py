@@ -25,6 +25,7 @@ __all__ = ["AdaptedSource"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -272,6 +273,14 @@ class AdaptedSource:
         return f"{self.base.label}+{self.adapter_path}"
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer that the embedding's rows belong to lies, if there is one."""
+        sources = (self, self.base) if names.EMBEDDING in self else ()
+        rows = [source.info(names.EMBEDDING).shape for source in sources]
+        own = any(_regular(self.adapter_path / name) for name in TOKENIZER)
+        return self.adapter_path if own and len(set(rows)) > 1 else self.base.tokenizer_folder
+
+    @property
     def names(self) -> list[str]:
         """All tensor names, in the order in which the base's data lie on disk."""
         return self.base.names
@@ -280,6 +289,15 @@ class AdaptedSource:
     def dropped(self) -> dict[str, str]:
         """Tensors on disk that are not among ``names``, and why."""
         return dict(self._dropped)
+
+    @property
+    def applied(self) -> dict[str, str]:
+        """The adapter's tensors, and which tensor of the model each changes or replaces."""
+        out = {stored: name for name, stored in self._replaced.items()}
+        for module, parts in self._lora.items():
+            for part, stored in parts.items():
+                out[stored] = f"{module}.{'bias' if part == 'bias' else 'weight'}"
+        return out
 
     @property
     def config(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ __all__ = [
     "with_dtype",
 ]
 
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 # What a tokenizer consists of besides its chat template.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,10 +36,8 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 # config.json and README.md are written, not copied: the merge changes what they say.
-COMPANIONS = (
+_OTHERS = (
     "generation_config.json",
-    *TOKENIZER_FILES,
-    *TEMPLATE_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -50,27 +49,37 @@ def copy_companions(
 ) -> list[str]:
     """Copy what belongs to a model besides weights and ``config.json``; return the names.
 
-    Files named in ``skip`` stay behind. Python files come along if ``config.json`` refers to them
-    (``auto_map``); nothing runs them.
+    Files named in ``skip`` stay behind. The tokenizer is an adapter's own if it has one for rows
+    that it adds. Python files come along if ``config.json`` refers to them (``auto_map``); nothing
+    runs them.
     """
-    wanted = [source.path / name for name in COMPANIONS]
-    wanted += sorted((source.path / TEMPLATES).glob("*.jinja"))
+    folder = source.tokenizer_folder
+    wanted = [(folder / name, name) for name in (*TOKENIZER_FILES, *TEMPLATE_FILES)]
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    wanted += [(path, f"{TEMPLATES}/{path.name}") for path in templates]
+    wanted += [(source.path / name, name) for name in _OTHERS]
     if "auto_map" in source.config:
-        wanted += sorted(source.path.glob("*.py"))
+        wanted += [(path, path.name) for path in sorted(source.path.glob("*.py"))]
     names = []
-    for path in wanted:
+    for path, name in wanted:
         if path.is_file() and path.name not in skip:
-            names.append(path.relative_to(source.path).as_posix())
-            sink.copy_file(path, names[-1])
+            names.append(name)
+            sink.copy_file(path, name)
     return names
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return ``config`` with ``dtype`` in it, under whichever of its two names it uses."""
+    """Return ``config`` with ``dtype`` in it, under whichever of its two names it uses.
+
+    Parts of it that describe modules get it too, where they name a dtype.
+    """
     out = json.loads(json.dumps(config))
     if dtype is not None and out:
-        keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
+        keys = [key for key in _DTYPE_KEYS if key in out] or ["dtype"]
         out.update(dict.fromkeys(keys, dtype_name(dtype)))
+        for key, part in out.items():
+            if key.endswith("_config") and isinstance(part, dict) and part.keys() & {*_DTYPE_KEYS}:
+                out[key] = with_dtype(part, dtype)
     return out
 
 

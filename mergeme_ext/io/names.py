@@ -13,7 +13,9 @@ __all__ = [
     "MODULES",
     "Part",
     "PartKind",
+    "VocabularyNames",
     "dense_shapes",
+    "expert_storage",
     "ffn_name",
     "is_before_layers",
     "is_rotary_table",
@@ -22,6 +24,7 @@ __all__ = [
     "module_of",
     "part_of",
     "supported",
+    "vocabulary_names",
 ]
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -68,6 +71,15 @@ _BEFORE_LAYERS = re.compile(
     r"(^|\.)(embed|embedding|embeddings|embed_tokens\w*|embed_in|embed_positions|emb_norm|shared|"
     r"tok_embeddings|token_embd|wte|wpe|word_embeddings\w*)\."
 )
+_EXPERT = re.compile(r"\.experts\.(\d+\.)?")
+_EMBEDDING = re.compile(
+    r"(.*\.)?(embed_tokens|wte|tok_embeddings|embed_in)\.weight|transformer\.word_embeddings\.weight"
+)
+_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight|output\.weight")
+# Of layers that predict further tokens.
+_FURTHER = re.compile(r".*\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+# Has a row for each token too, but of other tokens than the embedding.
+_EMBEDDING_PER_LAYER = re.compile(r"(.*\.)?embed_tokens_per_layer\.weight")
 _ROTARY_TABLE = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
@@ -90,6 +102,52 @@ def is_before_layers(name: str) -> bool:
 def is_rotary_table(name: str) -> bool:
     """Whether ``name`` is a table that the configuration determines; old files hold them."""
     return _ROTARY_TABLE.search(name) is not None
+
+
+@dataclass(frozen=True)
+class VocabularyNames:
+    """The tensors of a model that have a row for each token.
+
+    Attributes:
+        embedding: None if there is none, or no telling which.
+        head: None if none is stored.
+        others: A bias of the head, embeddings and heads of layers that predict further tokens.
+    """
+
+    embedding: str | None
+    head: str | None
+    others: frozenset[str]
+
+    @property
+    def every(self) -> frozenset[str]:
+        """All of them."""
+        return self.others | {name for name in (self.embedding, self.head) if name is not None}
+
+
+def vocabulary_names(names: Iterable[str]) -> VocabularyNames:
+    """Return which of a model's tensors ``names`` have a row for each token."""
+    names = set(names)
+    further = {name for name in names if _FURTHER.fullmatch(name)}
+    embedding = _only_one(EMBEDDING, (n for n in names - further if _EMBEDDING.fullmatch(n)))
+    if embedding is None or any(map(_EMBEDDING_PER_LAYER.fullmatch, names)):
+        return VocabularyNames(None, None, frozenset())
+    head = _only_one(HEAD, (n for n in names if _HEAD.fullmatch(n)))
+    bias = {f"{head.removesuffix('.weight')}.bias"} if head is not None else set()
+    return VocabularyNames(embedding, head, frozenset(further | (bias & names)))
+
+
+def _only_one(usual: str, found: Iterable[str]) -> str | None:
+    found = set(found)
+    return usual if usual in found else found.pop() if len(found) == 1 else None
+
+
+def expert_storage(names: Iterable[str]) -> str | None:
+    """Return how a model with tensors ``names`` stores experts; None if it has none, or both ways.
+
+    ``one by one`` means a tensor for each expert, ``fused`` one for all experts of a layer.
+    """
+    ways = {"one by one" if m[1] else "fused" for m in map(_EXPERT.search, names) if m}
+    return ways.pop() if len(ways) == 1 else None
 
 
 class PartKind(Enum):

@@ -163,6 +163,11 @@ class CheckpointSource:
         return str(self.path)
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer that the embedding's rows belong to lies, if there is one."""
+        return self.path
+
+    @property
     def names(self) -> list[str]:
         """All tensor names, in the order in which their data lie on disk."""
         return list(self._infos)

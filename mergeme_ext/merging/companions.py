@@ -38,7 +38,7 @@ def write_companions(
     if plan.spec.chat_template is not None:
         from mergeme_ext.vocabulary import resolve_chat_template
 
-        folders = [ref.path for ref in plan.sources]
+        folders = [source.tokenizer_folder for source in plan.sources.values()]
         name, text = resolve_chat_template(plan.spec.chat_template, folders)
         sink.write_text(name, text)
         skip.update(TEMPLATE_FILES)

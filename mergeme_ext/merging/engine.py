@@ -20,7 +20,7 @@ from mergeme_ext.io import (
     CheckpointSource,
     dtype_name,
 )
-from mergeme_ext.io.names import EMBEDDING, HEAD
+from mergeme_ext.io.names import vocabulary_names
 from mergeme_ext.io.operands import Cut, Operand, same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.companions import write_companions
@@ -97,6 +97,7 @@ class MergePlan:
         config: The result's ``config.json``; empty if the lead has none.
         vocabulary: The result's, if the recipe asks for one.
         dropped: For each input, the tensors that stay out, with the reason.
+        statistics: Folders of statistics that the method is given.
     """
 
     spec: MergeSpec
@@ -108,6 +109,7 @@ class MergePlan:
     config: Mapping[str, Any]
     vocabulary: "Vocabulary | None"
     dropped: Mapping[ModelRef, Mapping[str, str]]
+    statistics: Sequence[Path] = ()
 
     @property
     def lead(self) -> CheckpointSource:
@@ -157,7 +159,8 @@ class MergePlan:
             model_card: Write ``README.md``.
             copy_tokenizer: Copy the lead's tokenizer, or write the merged one.
         """
-        check_output(out, [ref.path for ref in self.sources])
+        inputs = [folder for ref in self.sources for folder in (ref.path, ref.adapter) if folder]
+        check_output(out, [*inputs, *self.statistics])
 
         def finish(sink: CheckpointSink) -> None:
             write_companions(self, sink, with_card=model_card, copy_tokenizer=copy_tokenizer)
@@ -185,7 +188,8 @@ class MergePlan:
         facts = {
             "version": __version__,
             "method": self.method.name,
-            "inputs": [_identity(ref) for ref in self.sources],
+            "inputs": [_identity(ref.path, ref.adapter) for ref in self.sources],
+            "statistics": [_identity(folder) for folder in self.statistics],
             "config": self.config,
             "tensors": [
                 [
@@ -204,10 +208,10 @@ class MergePlan:
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _identity(ref: ModelRef) -> list[Any]:
+def _identity(*folders: Path | None) -> list[Any]:
     """Return names, sizes and times of the files that an input consists of."""
     files = []
-    for folder in (ref.path, ref.adapter):
+    for folder in folders:
         if folder is not None:
             with os.scandir(folder) as entries:
                 kept = [e for e in entries if e.name.endswith(_IDENTIFYING) and e.is_file()]
@@ -342,6 +346,7 @@ class _Planner:
         self.method = registry.get(spec.method)
         self.sources = {ref: open_model(ref) for ref in spec.references}
         self.labels = {ref: str(ref) for ref in self.sources}
+        self.rows = {ref: vocabulary_names(source.names) for ref, source in self.sources.items()}
         self.statistics: dict[Path, CheckpointSource] = {}
 
     def plan(self) -> MergePlan:
@@ -367,6 +372,7 @@ class _Planner:
             config=config,
             vocabulary=self.vocabulary,
             dropped=dropped,
+            statistics=tuple(self.statistics),
         )
 
     def _account(self, layout: Layout) -> dict[ModelRef, dict[str, str]]:
@@ -374,20 +380,23 @@ class _Planner:
         dropped: dict[ModelRef, dict[str, str]] = {}
         for ref, source in self.sources.items():
             reasons = {**source.dropped, **layout.left_out.get(ref, {})}
-            for name in layout.leftovers.get(ref, ()):
-                if not any(fnmatch.fnmatchcase(name, p) for p in self.allow.leftovers):
-                    count = len(layout.leftovers[ref])
-                    more = f" and {count - 1} more" if count > 1 else ""
-                    raise CheckpointError(
-                        f"{self.labels[ref]}: tensor {name!r}{more} would not get into the result; "
-                        "allow it to stay out by name if that is what you want"
-                    )
-                reasons[name] = "allowed to stay out"
+            leftovers = layout.leftovers.get(ref, ())
+            refused = [name for name in leftovers if not self._may_stay_out(name)]
+            if refused:
+                more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+                raise CheckpointError(
+                    f"{self.labels[ref]}: tensor {refused[0]!r}{more} would not get into the "
+                    "result; allow it to stay out by name if that is what you want"
+                )
+            reasons |= dict.fromkeys(leftovers, "allowed to stay out")
             if ref == self.spec.base and ref not in self.spec.models and not self.method.takes_base:
                 why = f"{self.method.name} does not look at the base"
                 reasons |= dict.fromkeys(source.names, why)
             dropped[ref] = reasons
         return dropped
+
+    def _may_stay_out(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.allow.leftovers)
 
     def _plan_vocabulary(self) -> "Vocabulary | None":
         wanted = self.spec.tokenizer
@@ -399,8 +408,8 @@ class _Planner:
         inputs = [
             VocabularyInput(
                 label=self.labels[ref],
-                folder=ref.path,
-                rows=source.info(EMBEDDING).shape[0] if EMBEDDING in source else 0,
+                folder=source.tokenizer_folder,
+                rows=0 if self.rows[ref].embedding is None else self._embedding_rows(ref),
                 config=source.config,
             )
             for ref, source in self.sources.items()
@@ -414,6 +423,9 @@ class _Planner:
             tokens={token: self._token_rule(rule) for token, rule in wanted.tokens.items()},
             pad_to_multiple_of=wanted.pad_to_multiple_of,
         )
+
+    def _embedding_rows(self, ref: ModelRef) -> int:
+        return self.sources[ref].info(self.rows[ref].embedding).shape[0]
 
     def _number(self, model: ModelRef) -> int:
         """Return the place of ``model`` among the sources, with or without its adapter."""
@@ -455,7 +467,10 @@ class _Planner:
         operands = self._fit(assignment.name, refs, operands)
         least = torch.float64 if self.spec.dtype == torch.float64 else None
         operands = of_one_dtype(operands, least)
-        dtype = self.spec.result_dtype or self.sources[refs[0]].default_dtype(names[0])
+        home = (refs[0], names[0])
+        if assignment.base is not None:  # also if the method looks at the models only
+            home = (self.spec.base, assignment.base)
+        dtype = self.spec.result_dtype or self.sources[home[0]].default_dtype(home[1])
         parameters = self._try(assignment, len(assignment.models))
         base = operands.pop(0) if use_base else None
         return self._planned(assignment, refs, operands, dtype, parameters, base=base)
@@ -524,7 +539,7 @@ class _Planner:
         self, name: str, refs: Sequence[ModelRef], operands: Sequence[Operand]
     ) -> list[Operand]:
         """Return ``operands`` of one shape, or say which does not fit."""
-        vocabulary_sized = name in (EMBEDDING, HEAD)
+        vocabulary_sized = any(name in rows.every for rows in self.rows.values())
         if self.vocabulary is not None and vocabulary_sized:
             order = list(self.sources)
             everyone = self._all_operands(name, refs, operands)
@@ -558,7 +573,7 @@ class _Planner:
         known = dict(zip(refs, operands, strict=True))
         out = []
         for ref, source in self.sources.items():
-            own = name if name in source else EMBEDDING
+            own = name if name in source else self.rows[ref].embedding  # a tied head
             out.append(known.get(ref) or source.operand(own))
         return out
 
@@ -568,9 +583,11 @@ class _Planner:
             return config
         if self.vocabulary is not None:
             config = self.vocabulary.config_changes(config)
-        rows = [t.shape[0] for t in tensors if t.name == EMBEDDING]
-        if rows and "vocab_size" in config:
-            config["vocab_size"] = rows[0]
+        embedding = self.rows[self.spec.lead].embedding
+        rows = [t.shape[0] for t in tensors if t.name == embedding]
+        for part in (config, config.get("text_config")):
+            if rows and isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = rows[0]
         return config
 
 

@@ -344,9 +344,13 @@ class _Job:
     def _copy(self, start: int, stop: int) -> None:
         tensor = self.tensor
         chunk = self._models[0].reshape(-1)[start:stop]
-        if chunk.dtype in FLOATING and not self._merge.execution.allow_nonfinite:
+        check = chunk.dtype in FLOATING and not self._merge.execution.allow_nonfinite
+        if check:
             check_finite(chunk, start, tensor, tensor.labels[0])
-        chunk = chunk.to(tensor.dtype)
+        if chunk.dtype != tensor.dtype:
+            chunk = chunk.to(tensor.dtype)
+            if check:
+                check_finite(chunk, start, tensor, None)
         self._merge.sink.write_at(tensor.name, start, chunk)
         self._merge.wrote(chunk.nbytes)
 
@@ -386,7 +390,7 @@ def check_finite(chunk: Tensor, offset: int, tensor: PlannedTensor, label: str |
     if first < 0:
         return
     value = chunk[first].item()
-    index = [int(i) for i in np.unravel_index(offset + first, tensor.shape or (1,))]
+    index = [int(i) for i in np.unravel_index(offset + first, tensor.shape)]
     if label is not None:
         raise CheckpointError(
             f"{label}: tensor {tensor.name!r} holds {value} at {index}; mend the model, or let it "

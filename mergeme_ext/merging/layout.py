@@ -1,21 +1,28 @@
 """Lays a merge out: which tensor of the result is made of which, and with what parameters."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergeme_ext.io import CheckpointError, CheckpointSource, names, with_dtype
-from mergeme_ext.io.names import EMBEDDING, HEAD
 from mergeme_ext.io.operands import same_values
 from mergeme_ext.merging import registry
 from mergeme_ext.merging.layered_config import OriginalLayer, rederive
-from mergeme_ext.merging.layers import Stack, find_stacks, layer_section, main_stack, position
+from mergeme_ext.merging.layers import (
+    PREDICTORS,
+    Stack,
+    find_stacks,
+    layer_section,
+    main_stack,
+    position,
+)
 from mergeme_ext.merging.settings import first_value
 from mergeme_ext.merging.spec import MergeSpec, ModelRef, Module, Slice, Source
 
 __all__ = ["Assignment", "Layout", "lay_out"]
 
+_TIE = "tie_word_embeddings"
 # A tensor that plays a part in the result: what it is called in its model, which decides on
 # filters, and what it is stored as. They differ for a tied head.
 Aliases = Mapping[str, str]
@@ -119,7 +126,8 @@ class _Planner:
         self.spec, self.sources = spec, sources
         self.method = registry.get(spec.method)
         self.base = spec.base if self.method.takes_base else None
-        self.aliases = resolve_heads({model: sources[model] for model in spec.references})
+        self.rows = {m: names.vocabulary_names(sources[m].names) for m in spec.references}
+        self.aliases = resolve_heads({m: sources[m] for m in spec.references}, self.rows)
         self.read: dict[ModelRef, set[str]] = {model: set() for model in spec.references}
         self.why: dict[ModelRef, dict[str, str]] = {model: {} for model in spec.references}
         self.notes: list[str] = []
@@ -135,13 +143,24 @@ class _Planner:
                 self.stack_slices(module)
             else:
                 self.merge_whole(module)
-        made = {assignment.name for assignment in self.assignments}
-        if self.config and HEAD in made and self.config.get("tie_word_embeddings"):
-            self.config["tie_word_embeddings"] = False
+        self.untie()
         self.note_bases_parameters()
         self.note_idle_filters()
         left_out, leftovers = self.account()
         return Layout(self.assignments, self.config, left_out, leftovers, self.notes)
+
+    def untie(self) -> None:
+        """Make the configuration say that the result has a head of its own, if it has."""
+        rows = self.rows[self.spec.lead]
+        made = {assignment.name for assignment in self.assignments}
+        head = head_name(self.rows.values())
+        if not self.config or head not in made:
+            return
+        if self.aliases[self.spec.lead].get(head) == rows.embedding:
+            self.config[_TIE] = False
+        for part in (self.config, self.config.get("text_config")):
+            if isinstance(part, dict) and part.get(_TIE):
+                part[_TIE] = False
 
     # What is whose
 
@@ -178,8 +197,10 @@ class _Planner:
         lead = self.members(module, lead_model)
         if not lead:
             raise CheckpointError(f"{lead_model} has no tensors of module {module.name!r}")
-        stacks = find_stacks(lead, self.sources[lead_model].config)
         every = list(dict.fromkeys([lead_model, *(s.model for s in piece.sources)]))
+        for name in self.leave_out_predictors(module, every):
+            lead.pop(name, None)
+        stacks = find_stacks(lead, self.sources[lead_model].config)
         for model in every[1:]:
             self.check_same_names(lead_model, lead, stacks, model, self.members(module, model))
         positions = {
@@ -200,6 +221,24 @@ class _Planner:
                 positions.get(name, 0.0),
             )
 
+    def leave_out_predictors(self, module: Module, models: Sequence[ModelRef]) -> set[str]:
+        """Leave out layers that predict further tokens, unless every model has them.
+
+        Fine-tuning often loses them.
+        """
+        predictors: dict[ModelRef, set[str]] = {}
+        for model in models:
+            stacks = find_stacks(self.members(module, model), self.sources[model].config)
+            predictors[model] = {name for stack in stacks for name in stack.beyond}
+        kept = set.intersection(*predictors.values())
+        lost = set.union(*predictors.values()) - kept
+        for model, found in predictors.items():
+            for name in found & lost:
+                self.leave_out(model, name, "it comes after the layers proper, not in all models")
+        if lost and not kept and self.config.get(PREDICTORS):
+            self.config[PREDICTORS] = 0
+        return lost
+
     def check_same_names(
         self,
         lead_model: ModelRef,
@@ -217,6 +256,7 @@ class _Planner:
                     f"{there} has {len(others[stack.prefix])} layers, {here} has {len(stack)}"
                 )
         if missing := [name for name in lead if name not in found]:
+            check_same_storage(here, lead, there, found)
             raise CheckpointError(f"{there} has no tensor {_first_of(missing)}, which {here} has")
 
     # Slices
@@ -344,6 +384,7 @@ class _Planner:
             (other, found, first, wanted),
         ):
             if missing := [rest for rest in has_layer if rest not in lacks_layer]:
+                check_same_storage(has.model, has_layer, lacks.model, lacks_layer)
                 raise CheckpointError(
                     f"layer {lacks.layers[0] + step} of {lacks.model} has no "
                     f"{_first_of([rest.lstrip('.') for rest in missing])}, which layer "
@@ -354,9 +395,10 @@ class _Planner:
     def note_tied_head(self, first: Slice, last: Slice) -> None:
         made = {assignment.name for assignment in self.assignments}
         models = [{s.model for s in piece.sources} for piece in (first, last)]
-        if EMBEDDING in made and HEAD not in made and models[0] != models[1]:
+        embedding, head = self.rows[self.spec.lead].embedding, head_name(self.rows.values())
+        if embedding in made and head not in made and models[0] != models[1]:
             self.notes.append(
-                f"the head is tied to {EMBEDDING}, so it too comes from the first slice's models"
+                f"the head is tied to {embedding}, so it too comes from the first slice's models"
             )
 
     def original(
@@ -516,8 +558,9 @@ class _Planner:
     def reason(self, model: ModelRef, stored: str) -> str | None:
         if stored in self.why[model]:
             return self.why[model][stored]
-        if stored == HEAD and self.aliases[model].get(HEAD) != HEAD:
-            return f"it is tied to {EMBEDDING}"
+        rows = self.rows[model]
+        if stored == rows.head and self.aliases[model].get(stored) != stored:
+            return f"it is tied to {rows.embedding}"
         if not self.read[model] and model == self.spec.base:
             return f"{self.method.name} does not look at the base"
         module = names.module_of(stored, [m.name for m in self.spec.modules if m.name])
@@ -534,40 +577,81 @@ def _first_of(missing: Sequence[str]) -> str:
     return f"{missing[0]!r}{more}"
 
 
+def check_same_storage(
+    one: ModelRef, ones: Collection[str], other: ModelRef, others: Collection[str]
+) -> None:
+    """Explain missing tensors if one model stores its experts fused and the other does not.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    ways = [names.expert_storage(ones), names.expert_storage(others)]
+    if None not in ways and ways[0] != ways[1]:
+        raise CheckpointError(
+            f"{one} stores experts {ways[0]}, {other} {ways[1]}; save one of them anew as the "
+            "other is (transformers' save_pretrained with save_original_format true or false)"
+        )
+
+
 def _by_place(source: CheckpointSource, aliases: Aliases) -> list[str]:
     """Return ``aliases``' keys in the order in which their data lie on disk."""
     place = {name: i for i, name in enumerate(source.names)}
     return sorted(aliases, key=lambda name: place[aliases[name]])
 
 
+def head_name(rows: Iterable[names.VocabularyNames]) -> str | None:
+    """Return what the models' head is called; None if none stores one."""
+    return next((found.head for found in rows if found.head is not None), None)
+
+
 def resolve_heads(
     sources: Mapping[ModelRef, CheckpointSource],
+    rows: Mapping[ModelRef, names.VocabularyNames],
 ) -> dict[ModelRef, dict[str, str]]:
     """Return, for each model, the tensors it stands for: from name to the name it is stored under.
 
     They differ for the LM head only. If all heads are tied to the embedding, none has a head of
-    its own; if one has, a tied one stands for its embedding under the head's name.
+    its own; if one has, a tied one stands for its embedding under the head's name. Configurations
+    may leave it to the kind of model whether heads are tied, so a model that says nothing is tied
+    if it stores no head, or one that equals the embedding while another model stores none.
 
     Raises:
         CheckpointError: A head is tied by its configuration but differs from the embedding.
     """
     resolved = {}
+    tied = {model for model, source in sources.items() if _is_tied(source, rows[model])}
+    headless = any(rows[model].head is None for model in tied)
     for model, source in sources.items():
         found = {name: name for name in source.names}
-        if HEAD in found and _is_tied(source):
-            if not same_values(source.operand(HEAD), source.operand(EMBEDDING)):
+        embedding, head = rows[model].embedding, rows[model].head
+        silent = embedding is not None and _says_tied(source) is None
+        if head is not None and (model in tied or (silent and headless)):
+            if same_values(source.operand(head), source.operand(embedding)):
+                del found[head]
+                tied.add(model)
+            elif model in tied:
                 raise CheckpointError(
-                    f"{model}: config.json ties {HEAD} to {EMBEDDING}, but the two differ; "
-                    "set tie_word_embeddings to false there if the head is meant to be its own"
+                    f"{model}: config.json ties {head} to {embedding}, but the two differ; "
+                    f"set {_TIE} to false there if the head is meant to be its own"
                 )
-            del found[HEAD]
         resolved[model] = found
-    if any(HEAD in found for found in resolved.values()):
+    head = head_name(rows.values())
+    if any(head in found for found in resolved.values()):
         for model, found in resolved.items():
-            if HEAD not in found and _is_tied(sources[model]):
-                found[HEAD] = EMBEDDING
+            if head not in found and model in tied:
+                found[head] = rows[model].embedding
     return resolved
 
 
-def _is_tied(source: CheckpointSource) -> bool:
-    return source.config.get("tie_word_embeddings") is True and EMBEDDING in source
+def _is_tied(source: CheckpointSource, rows: names.VocabularyNames) -> bool:
+    """Whether the configuration ties the head, or says nothing and there is none."""
+    said = _says_tied(source)
+    silent = said is None and "model_type" in source.config and rows.head is None
+    return (said is True or silent) and rows.embedding is not None
+
+
+def _says_tied(source: CheckpointSource) -> bool | None:
+    config = source.config
+    part = config.get("text_config")
+    inner = part.get(_TIE) if isinstance(part, dict) else None
+    return config.get(_TIE, inner)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergeme_ext._version import __version__
-from mergeme_ext.io import dtype_name
+from mergeme_ext.io import AdaptedSource, dtype_name
 
 if TYPE_CHECKING:
     from mergeme_ext.merging.engine import MergePlan
@@ -18,8 +18,9 @@ def merge_report(plan: "MergePlan", notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of ``plan``, free of local paths.
 
     ``inputs`` says for each model which tensors were merged or copied and which were dropped, with
-    the reason; together they are all tensors of that model. ``tensors`` says for each tensor of
-    the result what it is made of, and ``notes`` what the method noticed.
+    the reason; together they are all tensors of that model. ``adapter`` says which of them each
+    tensor of its adapter went into. ``tensors`` says for each tensor of the result what it is made
+    of, and ``notes`` what the method noticed.
 
     Raises:
         RuntimeError: A tensor of an input is missing from the account.
@@ -52,6 +53,8 @@ def merge_report(plan: "MergePlan", notes: Mapping[str, Any]) -> dict[str, Any]:
             "used": {name: targets for name, targets in used[ref].items()},
             "dropped": dropped,
         }
+        if isinstance(source, AdaptedSource):
+            inputs[public[ref]]["adapter"] = source.applied
     report = {
         "written_by": f"mergeme_ext {__version__}",
         "method": plan.method.name,

@@ -91,3 +91,44 @@ def test_modules_among_those_asked_for():
 )
 def test_what_comes_before_the_layers(name, before):
     assert names.is_before_layers(name) is before
+
+
+LLAVA = "language_model.model.embed_tokens.weight"
+MTP = "model.layers.61."
+
+
+@pytest.mark.parametrize(
+    "found, embedding, head, others",
+    [
+        ([*llama_tensors()], names.EMBEDDING, names.HEAD, []),
+        ([*llama_tensors(head=False)], names.EMBEDDING, None, []),
+        ([names.EMBEDDING, names.HEAD, "lm_head.bias"], names.EMBEDDING, names.HEAD, [2]),
+        ([LLAVA, "language_model.lm_head.weight"], LLAVA, "language_model.lm_head.weight", []),
+        (["transformer.wte.weight", "transformer.wpe.weight"], "transformer.wte.weight", None, []),
+        (["gpt_neox.embed_in.weight", "embed_out.weight"], "gpt_neox.embed_in.weight", 1, []),
+        (
+            [names.EMBEDDING, f"{MTP}embed_tokens.weight", f"{MTP}shared_head.head.weight"],
+            names.EMBEDDING,
+            None,
+            [1, 2],
+        ),
+        (["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"], None, None, []),
+        ([names.EMBEDDING, "model.embed_tokens_per_layer.weight"], None, None, []),
+        (["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"], None, None, []),
+        ([], None, None, []),
+    ],
+)
+def test_which_tensors_have_a_row_for_each_token(found, embedding, head, others):
+    head = found[head] if isinstance(head, int) else head
+    expected = names.VocabularyNames(embedding, head, frozenset(found[i] for i in others))
+    assert names.vocabulary_names(found) == expected
+    assert expected.every == {embedding, head, *expected.others} - {None}
+
+
+def test_how_experts_are_stored():
+    single = "model.layers.0.mlp.experts.0.up_proj.weight"
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    assert names.expert_storage([single, "x"]) == "one by one"
+    assert names.expert_storage([fused, "x"]) == "fused"
+    assert names.expert_storage([fused, single]) is names.expert_storage(["x"]) is None
+    assert names.expert_storage(["model.layers.0.mlp.shared_experts.up_proj.weight"]) is None
