@@ -125,9 +125,9 @@ class MergePlan:
     def read_bytes(self) -> int:
         """Bytes of tensor data that are read, each counted once."""
         return sum(
-            operand.dtype.itemsize * torch.Size(operand.shape).numel()
-            for tensor in self.tensors
-            for operand in tensor.operands
+            self.sources[ref].bytes_to_read(name)
+            for tensor, assignment in zip(self.tensors, self.layout.assignments, strict=True)
+            for ref, name in _read_by(self, tensor, assignment)
         )
 
     def run(
