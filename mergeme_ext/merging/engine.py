@@ -220,6 +220,16 @@ def _identity(*folders: Path | None) -> list[Any]:
     return files
 
 
+def _read_by(
+    plan: MergePlan, tensor: PlannedTensor, assignment: Assignment
+) -> Iterator[tuple[ModelRef, str]]:
+    """Yield what is read for a tensor: the model, and the tensor's name there."""
+    if tensor.base is not None:
+        yield plan.spec.base, assignment.base
+    pairs = list(zip(assignment.models, assignment.names, strict=True))
+    yield from pairs if tensor.parameters is not None else pairs[:1]
+
+
 def write_checkpoint(
     out: str | Path,
     tensors: Sequence[PlannedTensor],
