@@ -263,3 +263,15 @@ def test_an_error_on_the_way_leaves_nothing(models, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build(recipe, models / "out")
     assert sorted(models.iterdir()) == before
+
+
+def test_what_float16_cannot_hold_is_refused(models):
+    """Experts are copied, not merged; their rounding is checked all the same."""
+
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][2, 3] = 70000
+
+    change_tensors(models / "one", change)
+    name = r"model.layers.0.block_sparse_moe.experts.0.w3.weight"
+    message = rf"merged tensor '{name}' would hold inf at \[2, 3\]: too large for float16"
+    refused(models, message, dtype="float16")

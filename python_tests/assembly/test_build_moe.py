@@ -4,13 +4,13 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from mergeme_ext.assembly import ExpertSpec, MergeChoice, MoESpec, load_moe_spec
 from mergeme_ext.integrations.transformers import use_mergeme_experts
 from mergeme_ext.merging import Execution
-from python_tests.assembly.models import WORDS, build, everything, make
+from python_tests.assembly.models import WORDS, build, edit_config, everything, make
 from python_tests.references.mixtral import logits as reference
 
 IDS = torch.tensor([[0, 2, 9, 17, 5, 11, 3, 8, 8, 1]])
@@ -296,3 +296,22 @@ def test_spec_checks_its_values(models):
         dataclasses.replace(spec, gate_scale=0.0)
     with pytest.raises(ValueError, match="prompt_tokens to be at least 1"):
         dataclasses.replace(spec, prompt_tokens=0)
+
+
+def test_experts_in_fp8_become_what_config_says(tmp_path):
+    """Without a dtype in the recipe: bfloat16 here, not the float32 that they are computed in."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    family(tmp_path, dtype=torch.bfloat16)
+    for model in ("base", "one"):
+        tensors = load_file(tmp_path / model / "model.safetensors")
+        codes = tensors[name].to(torch.float8_e4m3fn)
+        tensors |= {name: codes, name + "_scale": torch.tensor(0.375)}
+        save_file(tensors, tmp_path / model / "model.safetensors", {"format": "pt"})
+        quantised = {"quant_method": "compressed-tensors", "config_groups": {}}
+        edit_config(tmp_path / model, quantization_config=quantised)
+    build(write_recipe(tmp_path, gate_mode="random"), tmp_path / "out")
+    model = load_stock(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    stored = load_file(tmp_path / "out/model.safetensors")
+    expert = stored["model.layers.1.block_sparse_moe.experts.0.w3.weight"]
+    assert torch.equal(expert, (0.375 * codes.float()).bfloat16())
