@@ -19,6 +19,7 @@ from mergeme_ext.io import (
     CheckpointSink,
     CheckpointSource,
     dtype_name,
+    parse_size,
 )
 from mergeme_ext.io.names import vocabulary_names
 from mergeme_ext.io.operands import Cut, Operand, same_values
@@ -185,6 +186,7 @@ class MergePlan:
 
     def fingerprint(self) -> str:
         """Return a text that changes whenever the result's bytes would."""
+        places = {ref: number for number, ref in enumerate(self.sources)}
         facts = {
             "version": __version__,
             "method": self.method.name,
@@ -198,7 +200,7 @@ class MergePlan:
                     dtype_name(t.dtype),
                     t.shape,
                     t.parameters,
-                    [[self.labels[r] for r in a.models], a.names, a.base],
+                    [[places[r] for r in a.models], a.names, a.base],
                 ]
                 for t, a in zip(self.tensors, self.layout.assignments, strict=True)
             ],
@@ -261,6 +263,8 @@ def write_checkpoint(
     """
     ranks = ranks or Alone()
     ranks.begin()
+    if fingerprint is not None:
+        fingerprint = f"{fingerprint}-{parse_size(max_shard_size)}"
     sink = CheckpointSink(
         out,
         tensors,
