@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mergeme_ext._load import _C
 from mergeme_ext._version import __version__
+from mergeme_ext.integrations.model_check import WouldNotLoad
 
 __all__ = ["main"]
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = getattr(args, "when_stopped", "nothing was written")
         print(f"mergeme {args.command}: stopped; {what}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError, WouldNotLoad) as error:
         if args.traceback:
             raise
         print(f"mergeme {args.command}: {_one_line(error)}", file=sys.stderr)

@@ -41,8 +41,8 @@ from mergeme_ext.cli._output import (
     byte_bar,
     execution_of,
 )
-from mergeme_ext.integrations.model_check import ModelCheck
-from mergeme_ext.io import CheckpointError, format_size
+from mergeme_ext.integrations.model_check import ModelCheck, WouldNotLoad
+from mergeme_ext.io import format_size
 from mergeme_ext.merging import MergeSpec, load_merge_specs
 from mergeme_ext.merging.engine import Allowances, MergePlan, plan_documents
 from mergeme_ext.merging.preview import measure, preview
@@ -198,9 +198,10 @@ def _checked(plan: MergePlan, *, wanted: bool):
 
     def check() -> None:
         if problems := question.problems():
-            raise CheckpointError(
+            raise WouldNotLoad(
                 f"transformers would not load the result as {plan.config['architectures'][0]}: "
-                f"{'; '.join(problems)} (--no-model-check writes it all the same)"
+                f"{'; '.join(problems)} (the same command with --resume --no-model-check writes "
+                "it all the same)"
             )
 
     try:

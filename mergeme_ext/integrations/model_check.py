@@ -14,11 +14,15 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["ModelCheck", "problems_of"]
+__all__ = ["ModelCheck", "WouldNotLoad", "problems_of"]
 
 # Old checkpoints carry this buffer; transformers computes it and drops what is in the file.
 _COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _SHOWN = 3
+
+
+class WouldNotLoad(RuntimeError):
+    """A result that transformers would not load; what is written of it can be taken up again."""
 
 
 class ModelCheck:

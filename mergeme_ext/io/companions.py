@@ -12,21 +12,30 @@ from mergeme_ext.io.format import dtype_name
 from mergeme_ext.io.sink import TEMPLATES, CheckpointSink
 from mergeme_ext.io.source import CheckpointSource
 
-__all__ = ["copy_companions", "portable_name", "with_dtype"]
+__all__ = [
+    "TEMPLATE_FILES",
+    "TOKENIZER_FILES",
+    "copy_companions",
+    "portable_name",
+    "with_dtype",
+]
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-# config.json and README.md are written, not copied: the merge changes what they say.
-_TOKENIZER = (
+# What a tokenizer consists of besides its chat template.
+TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
 )
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+# config.json and README.md are written, not copied: the merge changes what they say.
 _OTHERS = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -41,11 +50,11 @@ def copy_companions(
     """Copy what belongs to a model besides weights and ``config.json``; return the names.
 
     Files named in ``skip`` stay behind. The tokenizer is an adapter's own if it has one for rows
-    that it adds. Python files come along if ``config.json`` refers to them
-    (``auto_map``); nothing runs them.
+    that it adds. Python files come along if ``config.json`` refers to them (``auto_map``); nothing
+    runs them.
     """
     folder = source.tokenizer_folder
-    wanted = [(folder / name, name) for name in _TOKENIZER]
+    wanted = [(folder / name, name) for name in (*TOKENIZER_FILES, *TEMPLATE_FILES)]
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
     wanted += [(path, f"{TEMPLATES}/{path.name}") for path in templates]
     wanted += [(source.path / name, name) for name in _OTHERS]

@@ -1,11 +1,16 @@
 """What an unfinished checkpoint already holds: one line per chunk, so that a merge can go on."""
 
-import fcntl
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on this system: nobody is kept out
+    fcntl = None
 
 __all__ = ["Chunk", "Journal", "read_journal"]
 
@@ -29,8 +34,8 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         self._descriptor = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(self._descriptor)
+        except OSError:
             os.close(self._descriptor)
             raise
 
@@ -61,6 +66,17 @@ class Journal:
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems know no locks.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def read_journal(path: Path) -> tuple[str | None, list[Chunk], dict[str, Any]]:

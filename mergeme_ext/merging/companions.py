@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mergeme_ext.io import CheckpointSink, copy_companions, licence_of, load_json_object
+from mergeme_ext.io.companions import TEMPLATE_FILES, TOKENIZER_FILES
 from mergeme_ext.merging.card import CONFIG_NAME, model_card, recipe_text
 
 if TYPE_CHECKING:
@@ -12,16 +13,6 @@ if TYPE_CHECKING:
 __all__ = ["write_companions"]
 
 _GENERATION = "generation_config.json"
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def write_companions(
@@ -39,7 +30,7 @@ def write_companions(
         sink.write_text("config.json", _json(plan.config))
     skip: set[str] = set()
     if not copy_tokenizer:
-        skip.update(_TOKENIZER, _TEMPLATES)
+        skip.update(TOKENIZER_FILES, TEMPLATE_FILES)
     elif plan.vocabulary is not None:
         own_template = plan.spec.chat_template is None
         skip.update(plan.vocabulary.write(sink, chat_template=own_template))
@@ -50,7 +41,7 @@ def write_companions(
         folders = [source.tokenizer_folder for source in plan.sources.values()]
         name, text = resolve_chat_template(plan.spec.chat_template, folders)
         sink.write_text(name, text)
-        skip.update(_TEMPLATES)
+        skip.update(TEMPLATE_FILES)
     copy_companions(plan.lead, sink, skip=skip)
     if with_card:
         sink.write_text("README.md", _card(plan))

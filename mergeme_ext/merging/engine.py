@@ -19,6 +19,7 @@ from mergeme_ext.io import (
     CheckpointSink,
     CheckpointSource,
     dtype_name,
+    parse_size,
 )
 from mergeme_ext.io.names import vocabulary_names
 from mergeme_ext.io.operands import Cut, Operand, same_values
@@ -136,9 +137,9 @@ class MergePlan:
     def operand_bytes(self) -> int:
         """Bytes of the same in the dtypes that are merged: FP8 and adapted weights are computed."""
         return sum(
-            operand.dtype.itemsize * torch.Size(operand.shape).numel()
-            for tensor in self.tensors
-            for operand in tensor.operands
+            self.sources[ref].bytes_to_read(name)
+            for tensor, assignment in zip(self.tensors, self.layout.assignments, strict=True)
+            for ref, name in _read_by(self, tensor, assignment)
         )
 
     def run(
@@ -196,6 +197,7 @@ class MergePlan:
 
     def fingerprint(self) -> str:
         """Return a text that changes whenever the result's bytes would."""
+        places = {ref: number for number, ref in enumerate(self.sources)}
         facts = {
             "version": __version__,
             "method": self.method.name,
@@ -209,7 +211,7 @@ class MergePlan:
                     dtype_name(t.dtype),
                     t.shape,
                     t.parameters,
-                    [[self.labels[r] for r in a.models], a.names, a.base],
+                    [[places[r] for r in a.models], a.names, a.base],
                 ]
                 for t, a in zip(self.tensors, self.layout.assignments, strict=True)
             ],
@@ -229,6 +231,16 @@ def _identity(*folders: Path | None) -> list[Any]:
             states = sorted((e.name, e.stat()) for e in kept)
             files.append([[name, s.st_size, s.st_mtime_ns] for name, s in states])
     return files
+
+
+def _read_by(
+    plan: MergePlan, tensor: PlannedTensor, assignment: Assignment
+) -> Iterator[tuple[ModelRef, str]]:
+    """Yield what is read for a tensor: the model, and the tensor's name there."""
+    if tensor.base is not None:
+        yield plan.spec.base, assignment.base
+    pairs = list(zip(assignment.models, assignment.names, strict=True))
+    yield from pairs if tensor.parameters is not None else pairs[:1]
 
 
 def write_checkpoint(
@@ -262,6 +274,8 @@ def write_checkpoint(
     """
     ranks = ranks or Alone()
     ranks.begin()
+    if fingerprint is not None:
+        fingerprint = f"{fingerprint}-{parse_size(max_shard_size)}"
     sink = CheckpointSink(
         out,
         tensors,

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,9 +154,9 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     return left, right
 
 
-def unreachable(document: Mapping[str, Any], pieces: Iterable[str]) -> list[str]:
+def unreachable(document: Mapping[str, Any], pieces: Collection[str]) -> list[str]:
     """Return those of ``pieces`` that encoding a text never gives: they split into others."""
-    if document["model"]["type"] not in ("BPE", "Unigram"):
+    if not pieces or document["model"]["type"] not in ("BPE", "Unigram"):
         return []
     model = load_document(document, "the merged tokenizer").model
     return [piece for piece in pieces if [t.value for t in model.tokenize(piece)] != [piece]]

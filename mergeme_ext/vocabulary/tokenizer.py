@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class VocabularyError(CheckpointError):
     """Tokenizers that cannot be read, or not be made into one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelTokenizer:
     """A model's tokenizer.
 
@@ -45,22 +46,22 @@ class ModelTokenizer:
 
     label: str
     folder: Path
-    document: Mapping[str, Any]
-    ids: Mapping[str, int]
-    added: Mapping[str, Mapping[str, bool]]
+    document: Mapping[str, Any] = field(repr=False)
+    ids: Mapping[str, int] = field(repr=False)
+    added: Mapping[str, Mapping[str, bool]] = field(repr=False)
 
     @property
     def kind(self) -> str:
         """The algorithm that splits words: ``BPE``, ``Unigram``, ``WordPiece``, ``WordLevel``."""
         return self.document["model"]["type"]
 
-    @property
+    @cached_property
     def is_byte_level(self) -> bool:
         """Whether its tokens spell bytes by the letters that GPT-2 has for them."""
         parts = (self.document.get("pre_tokenizer"), self.document.get("decoder"))
         return any(part["type"] == "ByteLevel" for part in _components(parts))
 
-    @property
+    @cached_property
     def end(self) -> int:
         """One more than the highest id."""
         return max(self.ids.values(), default=-1) + 1
@@ -81,8 +82,8 @@ def _components(value: Any) -> Iterator[Mapping[str, Any]]:
             yield from _components(item)
 
 
-def load_document(document: Mapping[str, Any], label: str) -> Any:
-    """Return the ``tokenizers.Tokenizer`` that ``document`` defines.
+def load_document(document: Mapping[str, Any] | bytes, label: str) -> Any:
+    """Return the ``tokenizers.Tokenizer`` that ``document``, parsed or not, defines.
 
     Raises:
         VocabularyError: The library is missing, or refuses the document.
@@ -94,6 +95,8 @@ def load_document(document: Mapping[str, Any], label: str) -> Any:
             f"merging vocabularies needs the tokenizers library: {_INSTALL}"
         ) from None
     try:
+        if isinstance(document, bytes):
+            return Tokenizer.from_str(document.decode("utf-8"))
         return Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
     except Exception as error:  # the library raises bare Exceptions
         raise VocabularyError(f"{label}: {DOCUMENT} cannot be used: {error}") from None
@@ -127,7 +130,7 @@ def read_tokenizer(
         return replace(cache[key], label=label, folder=folder)
     document = load_json_object(texts[0], f"{label}: {DOCUMENT}")
     late = _late_tokens(texts[1], texts[2], label)
-    tokenizer = load_document(document, label)
+    tokenizer = load_document(texts[0], label)
     if "model" not in document or "type" not in document["model"]:
         # Files from before the type was written down.
         document = json.loads(tokenizer.to_str())

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mergeme_ext.io import CheckpointSink
+from mergeme_ext.io.companions import TEMPLATE_FILES, TOKENIZER_FILES
 from mergeme_ext.io.format import load_json_object
 from mergeme_ext.io.operands import Operand, num_rows
 from mergeme_ext.vocabulary.rows import VocabularyRows
@@ -24,22 +25,8 @@ from mergeme_ext.vocabulary.tokenizer import (
 
 __all__ = ["RowPlan", "Vocabulary", "VocabularyInput"]
 
-# What a tokenizer consists of besides its chat template.
-TOKENIZER_FILES = (
-    DOCUMENT,
-    CONFIG,
-    "special_tokens_map.json",
-    ADDED,
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
 # Those that stay true, or are rewritten, when tokens are added.
 _EXTENSIBLE = (DOCUMENT, CONFIG, "special_tokens_map.json", ADDED)
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _GENERATION = "generation_config.json"
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -61,7 +48,7 @@ class VocabularyInput:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowPlan:
     """Where one model's rows in the result's vocabulary come from.
 
@@ -78,7 +65,7 @@ class RowPlan:
     unchanged: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """What ``plan_vocabulary`` decided.
 
@@ -95,14 +82,14 @@ class Vocabulary:
     """
 
     size: int
-    ids: Mapping[str, int]
+    ids: Mapping[str, int] = field(repr=False)
     notes: Sequence[str]
     inputs: Sequence[VocabularyInput]
-    tokenizers: Sequence[ModelTokenizer]
+    tokenizers: Sequence[ModelTokenizer] = field(repr=False)
     lead: int
     kept: int
-    document: Mapping[str, Any] | None
-    plans: Sequence[RowPlan]
+    document: Mapping[str, Any] | None = field(repr=False)
+    plans: Sequence[RowPlan] = field(repr=False)
 
     @property
     def tokens(self) -> int:
@@ -209,8 +196,9 @@ class Vocabulary:
         """Return the lead's configuration with what the vocabulary changes in it.
 
         ``vocab_size`` becomes the number of rows, where it is there. If the result has another
-        model's tokenizer, ids of special tokens are those that this model gives them; ids that it
-        does not speak of follow their tokens, and become null where the token is gone.
+        model's tokenizer, ids of special tokens are those in its configuration, or else in its
+        tokenizer's; ids that it does not speak of follow their tokens, and become null where the
+        token is gone.
 
         Args:
             config: ``config.json`` or ``generation_config.json`` of the lead.
@@ -224,11 +212,16 @@ class Vocabulary:
         return out
 
     def _ids_of_kept(self, *, is_model: bool) -> dict[str, Any]:
-        kept = self.inputs[self.kept]
-        own = {key: value for key, value in kept.config.items() if _is_id(key)}
+        kept, tokenizer = self.inputs[self.kept], self.tokenizers[self.kept]
+        named = _load(tokenizer.folder / CONFIG) or {}
+        own: dict[str, Any] = {}
+        for key in _ROLES:
+            token = named.get(key.removesuffix("_id"))
+            own[key] = tokenizer.ids.get(token["content"] if isinstance(token, dict) else token)
+        own |= {k: v for k, v in kept.config.items() if _is_id(k) and v is not None}
         if not is_model:
             generation = _load(Path(kept.folder) / _GENERATION) or {}
-            own |= {key: value for key, value in generation.items() if _is_id(key)}
+            own |= {k: v for k, v in generation.items() if _is_id(k)}
         return {key: value for key, value in own.items() if value is not None}
 
     def _change_ids(self, out: dict[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -117,6 +117,23 @@ def test_no_bit_depends_on_chunk_or_threads(models, method):
         assert folder_bytes(models / f"out{chunk}") == folder_bytes(models / "out")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", names())
+def test_a_gpu_writes_the_bytes_of_the_cpu(models, method):
+    merge(spec_of(models, method), models / "out")
+    execution = Execution(threads=3, chunk_elements=100, device="cuda")
+    merge(spec_of(models, method), models / "cuda", execution=execution)
+    assert folder_bytes(models / "cuda") == folder_bytes(models / "out")
+
+
+def test_devices_that_are_not_there(models):
+    for device in ("gpu", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"device.*'{device}'"):
+            merge(spec_of(models), models / "out", execution=Execution(device=device))
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base"]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     method=st.sampled_from(sorted(PARAMETERS.keys() - {"fisher", "regmean"})),

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,27 @@ def test_layouts(backend, dtype, axis):
     check(backend, misaligned(base), [misaligned(t) for t in tensors], weights, options)
     strided = [t.repeat_interleave(2)[::2] for t in (base, *tensors)]
     check(backend, strided[0], strided[1:], weights.t().contiguous().t(), options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("with_base", [True, False])
+def test_not_finite(backend, dtype, axis, with_base):
+    """NaN, infinities and overflow, in every place of a run, come out as in plain arithmetic."""
+    base, (tensor,), weights, options = make(700, 3, 33, 1, axis, dtype, backend.device)
+    largest = torch.finfo(dtype).max
+    for start, value in enumerate([math.nan, math.inf, -math.inf, largest, -largest]):
+        tensor[start::11] = value
+    base[::7] = largest
+    weights.fill_(2.0)
+    base = base if with_base else None
+    out = backend.op(OP)(base, [tensor], weights, **options).cpu()
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, b = tensor.cpu().to(acc), base.cpu().to(acc) if with_base else 0
+    expected = (b + 2 * (x - b)).to(dtype)
+    assert out.isnan().any() and out.isinf().any()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

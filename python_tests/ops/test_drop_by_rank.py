@@ -9,6 +9,7 @@ import mergeme_ext
 from python_tests.references.drop_by_rank import drop_by_rank as reference
 from python_tests.references.drop_by_rank import probabilities, ranks
 from python_tests.references.magnitude_threshold import task_vector
+from python_tests.references.philox import uniforms
 from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
 from python_tests.support.merge_inputs import DTYPES, misaligned, models, toy, transposed
 
@@ -124,6 +125,19 @@ def test_nan_ranks_above_infinity(backend, dtype):
     for key in range(20):
         out = run(backend, base, [tensor], top, key=key)[0]
         assert out[1].isnan() and out[2] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_probabilities_are_rounded_to_multiples_of_2_to_the_minus_16(backend):
+    """Around the random bits of an element a step decides; halves go to the even multiple."""
+    base, tensor = torch.zeros(1, device=backend.device), torch.ones(1, device=backend.device)
+    for key in range(6):
+        bits = int(uniforms(key, 0, [0])[0])
+        for more in (0.25, 0.5, 0.75, 1.0, 1.5):
+            q = (bits + more) / 65536
+            selection = torch.tensor([[q, q]], dtype=torch.float64, device=backend.device)
+            out = run(backend, base, [tensor], selection, key=key)
+            assert out.item() == (bits < round(q * 65536))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

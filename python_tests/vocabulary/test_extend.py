@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mergeme_ext.vocabulary import TokenRule, VocabularyError, plan_vocabulary, read_tokenizer
+from mergeme_ext.vocabulary.extend import unreachable
 from python_tests.vocabulary.models import (
     FOX,
     KINDS,
@@ -23,9 +26,9 @@ from python_tests.vocabulary.models import (
 )
 
 
-def union(tmp_path, *tokenizers, tokens=None, **settings):
+def union(tmp_path, *tokenizers, tokens=None, **config):
     """Write the union of ``tokenizers``; return the plan, the folder and what loads from it."""
-    inputs = [save(tmp_path / f"m{i}", t, **settings) for i, t in enumerate(tokenizers)]
+    inputs = [save(tmp_path / f"m{i}", t, **config) for i, t in enumerate(tokenizers)]
     vocabulary = plan_vocabulary(inputs, 0, tokens=tokens)
     vocabulary.write(Folder(tmp_path / "out"))
     return vocabulary, Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
@@ -64,6 +67,28 @@ def test_new_pieces_are_used(tmp_path, make):
     tokens = tokenizer.encode("a dolor of black").tokens
     assert {f"{space}{word}" for word in ("dolor", "of", "black")} < set(tokens)
     assert not any("never gives" in note for note in vocabulary.notes)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    corpora=st.lists(st.lists(st.text("abc ", max_size=9), min_size=1), min_size=2, max_size=3),
+    size=st.integers(256, 275),
+    text=st.text(),
+)
+def test_any_union_spells_any_text(tmp_path_factory, corpora, size, text):
+    tokenizers = [byte_bpe(lines, size + i, ()) for i, lines in enumerate(corpora)]
+    vocabulary, tokenizer = union(tmp_path_factory.mktemp("union"), *tokenizers)
+    assert tokenizer.get_vocab() == vocabulary.ids
+    for sample in [text, *corpora[0], *corpora[1]]:
+        assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+    base = tokenizers[0].get_vocab()
+    pieces = [piece for piece in vocabulary.ids if piece not in base]
+    hidden = unreachable(json.loads(tokenizer.to_str()), pieces)
+    assert bool(hidden) == any("never gives" in note for note in vocabulary.notes)
+    for piece in pieces:
+        # Merges only join, so what the base leaves in two parts has at most two at its turn.
+        if len(tokenizers[0].model.tokenize(piece)) <= 2:
+            assert piece not in hidden
 
 
 def test_a_piece_split_by_the_base_is_joined_again(tmp_path):

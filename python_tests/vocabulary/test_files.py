@@ -107,3 +107,12 @@ def test_ids_follow_their_tokens(two, tmp_path):
     vocabulary = plan_vocabulary([two[0], silent], 0, source=1)
     changed = vocabulary.config_changes({**two[0].config, "suppress_tokens": [0, 1]})
     assert changed["eos_token_id"] == 2 and changed["suppress_tokens"] == [2]
+
+
+def test_ids_of_tokens_that_only_the_tokenizer_names(two, tmp_path):
+    names = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<end>"}
+    chat = save(tmp_path / "named", added(byte_bpe(LOREM, 285, ["<end>"]), "<|im_end|>"), **names)
+    vocabulary = plan_vocabulary([two[0], chat], 0, source=1)
+    changed = vocabulary.config_changes(two[0].config)
+    assert changed["eos_token_id"] == vocabulary.ids["<|im_end|>"]
+    assert changed["pad_token_id"] == 0

@@ -46,9 +46,9 @@ def plan(model, index, own=None):
 @pytest.mark.parametrize("wrap", [Stored, Computed])
 def test_takes_rows_of_any_operand(wrap):
     tensors = [matrix(4, seed=i) for i in range(3)]
-    own = [torch.tensor(r) for r in ([-1, -1, -1, 2], [-1, -1, -1, -1], [-1, -1, -1, 0])]
+    own = [torch.tensor(r) for r in ([-1, -1, -1, 2], [-1, -1, -1, 1], [-1, -1, -1, 0])]
     rows = VocabularyRows(*plan([1, ZERO, 0, AVERAGE], [3, 0, 1, 0], own), list(map(wrap, tensors)))
-    mean = (tensors[0][2].double() + tensors[2][0].double()) / 2
+    mean = (tensors[0][2].double() + tensors[1][1].double() + tensors[2][0].double()) / 3
     expected = torch.stack([tensors[1][3], torch.zeros(2), tensors[0][1], mean.float()])
     assert torch.equal(rows.rows(0, 4), expected)
     assert torch.equal(rows.rows(1, 3), expected[1:3])
