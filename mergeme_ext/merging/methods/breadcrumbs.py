@@ -40,7 +40,7 @@ def breadcrumbs(
             to restore, ``l1``, ``l2`` or ``linf``.
 
     Departs from the paper: ``weights`` generalises the plain sum. Where ``gamma`` rounds to no
-    element, nothing large is dropped; in mergekit the whole task vector then is.
+    element, nothing large is dropped.
     """
     thinning = keep_band(base, tensors, density, gamma, rescale)
     return thinning.combine(weights, elect="none", normalize=normalize, lam=lam)
