@@ -125,21 +125,19 @@ class MergePlan:
     @property
     def read_bytes(self) -> int:
         """Bytes in files of all inputs of all tensors."""
-        total = 0
-        for tensor, assignment in zip(self.tensors, self.layout.assignments, strict=True):
-            read = list(zip(assignment.models, assignment.names, strict=True))
-            if tensor.base is not None:
-                read.append((self.spec.base, assignment.base))
-            total += sum(self.sources[ref].bytes_to_read(name) for ref, name in read)
-        return total
+        return sum(
+            self.sources[ref].bytes_to_read(name)
+            for tensor, assignment in zip(self.tensors, self.layout.assignments, strict=True)
+            for ref, name in _read_by(self, tensor, assignment)
+        )
 
     @property
     def operand_bytes(self) -> int:
         """Bytes of the same in the dtypes that are merged: FP8 and adapted weights are computed."""
         return sum(
-            self.sources[ref].bytes_to_read(name)
-            for tensor, assignment in zip(self.tensors, self.layout.assignments, strict=True)
-            for ref, name in _read_by(self, tensor, assignment)
+            operand.dtype.itemsize * torch.Size(operand.shape).numel()
+            for tensor in self.tensors
+            for operand in tensor.operands
         )
 
     def run(

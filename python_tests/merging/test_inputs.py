@@ -124,6 +124,9 @@ def test_fp8_base_and_bfloat16_expert(here, block):
     assert plan.read_bytes == sum(
         tensor.nbytes for n in ("base", "a") for tensor in load_file(here / n / SINGLE).values()
     )
+    # As merged: two weights of the base, and what they meet, are float32; all else is bfloat16.
+    wide = 2 * expert[GATE].numel()
+    assert plan.operand_bytes == 2 * sum(2 * t.numel() for t in expert.values()) + 2 * 2 * wide
     out = tensors_of(here / "out")
     assert out.keys() == expert.keys()
     for name, tensor in out.items():
