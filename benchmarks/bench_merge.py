@@ -359,6 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
     if options.mergekit:
         start = (options.mergekit, "-m", "mergekit.scripts.run_yaml")
         contenders.append(Contender("mergekit", start, tuple(options.mergekit_flag)))
+    if options.work is not None:
+        Path(options.work).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work, prefix="bench-merge-") as temporary:
         work = Path(temporary)
         stream = options.jsonl.open("a") if options.jsonl else sys.stdout

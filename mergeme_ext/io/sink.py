@@ -39,6 +39,8 @@ _SPARE_BYTES = 32 * 2**20
 TEMPLATES = "additional_chat_templates"
 _JOURNAL = "mergeme_journal-{}.jsonl"
 _READ_BYTES = 4 * 2**20  # read back at a time when checking
+# So much may wait in memory before it is sent to the disk, while the writing goes on.
+_FLUSH_BYTES = 64 * 2**20
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -123,6 +125,54 @@ class _TerminationAsExit:
             signal.signal(number, handler)
 
 
+class _Flusher:
+    """Sends what is written to the disk while more is being made, so that little is left to do.
+
+    Args:
+        descriptors: Of the files; they stay open until ``close``.
+    """
+
+    def __init__(self, descriptors: list[int]):
+        self._descriptors = list(descriptors)
+        self._lock, self._wanted = threading.Lock(), threading.Event()
+        self._waiting, self._ended = 0, False
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+        self._thread.start()
+
+    def wrote(self, nbytes: int) -> None:
+        with self._lock:
+            self._waiting += nbytes
+            if self._waiting >= _FLUSH_BYTES:
+                self._waiting = 0
+                self._wanted.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            if self._ended:
+                return
+            self._wanted.clear()
+            try:
+                for descriptor in self._descriptors:
+                    os.fsync(descriptor)
+            except OSError as error:  # said once only, so a later call would not say it again
+                self._error = error
+                return
+
+    def close(self) -> None:
+        """Stop.
+
+        Raises:
+            OSError: Something could not be written.
+        """
+        self._ended = True
+        self._wanted.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
 class CheckpointSink:
     """Writes one checkpoint folder, all or nothing. Use it as a context manager.
 
@@ -200,6 +250,7 @@ class CheckpointSink:
         self._place: dict[str, tuple[int, int]] = {}  # name -> descriptor, byte offset in its file
         self._folder: Path | None = None
         self._journal: Journal | None = None
+        self._flusher: _Flusher | None = None
         self._made_parents: list[Path] = []
         self._resumed = False
         self._termination = _TerminationAsExit()
@@ -261,6 +312,7 @@ class CheckpointSink:
                 self._join()
             elif not self._continue():
                 self._begin()
+            self._flusher = _Flusher(self._descriptors)
         except BaseException:
             self._leave(keep=self._rank > 0 or self._resumed)
             raise
@@ -281,6 +333,8 @@ class CheckpointSink:
     def _leave(self, *, keep: bool) -> None:
         """Close everything; remove the hidden folder, if it is still there, unless ``keep``."""
         with contextlib.suppress(OSError):
+            self._stop_flusher()
+        with contextlib.suppress(OSError):
             self._close_files(durable=False)
         if self._folder is not None and not keep:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -292,6 +346,11 @@ class CheckpointSink:
             self._journal.close()
             self._journal = None
         self._termination.__exit__()
+
+    def _stop_flusher(self) -> None:
+        if self._flusher is not None:
+            flusher, self._flusher = self._flusher, None
+            flusher.close()
 
     @property
     def _partial(self) -> Path:
@@ -487,6 +546,8 @@ class CheckpointSink:
         written = (name, start, end, zlib.crc32(raw))
         with self._lock:
             self._chunks.append(written)
+        if self._flusher is not None:
+            self._flusher.wrote(raw.nbytes)
         if self._journal is not None:
             self._journal.add(written)
 
@@ -552,6 +613,7 @@ class CheckpointSink:
         if len(self._files) > 1:
             self.write_text(INDEX, _index_text(self._files, self._shards))
         self._read_back()
+        self._stop_flusher()
         self._close_files(durable=True)
         for path in self._folder.glob(_JOURNAL.format("*")):
             path.unlink()
