@@ -154,9 +154,9 @@ RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 _LAST_BIT = "one float32 rounding: we divide the weights by their sum, mergekit the sum of products"
 _BFLOAT16 = "mergekit computes in bfloat16, here with a rounding per operation"
 _TIED = (
-    "ties: tuned in bfloat16, many elements moved by the same few steps. Both keep as many elements "
-    "and the same magnitudes; of those on the cut we keep the lower index, mergekit what its sort "
-    "puts first"
+    "ties: tuned in bfloat16, many elements moved by the same few steps. Both keep as many, and "
+    "the same magnitudes; of those on the cut we keep the lower index, mergekit what its sort puts "
+    "first"
 )
 _RANDOM = "other random numbers, same distribution; in bfloat16 mergekit's rounding loses changes"
 WHY: dict[str, str] = {
@@ -165,7 +165,7 @@ WHY: dict[str, str] = {
     "linear, union of vocabularies": _LAST_BIT + "; rows of new tokens agree",
     "slerp": "mergekit computes in float32 whatever the dtype",
     "slerp, filters and gradients": "float32 roundings of gradients' values",
-    "nuslerp": _BFLOAT16 + "; in float32 its norms of long tensors are off by up to 0.2 %",
+    "nuslerp": _BFLOAT16 + "; in float32 cosines near 1 lose digits",
     "nuslerp by row": _BFLOAT16,
     "nuslerp of task vectors": _BFLOAT16,
     "multislerp": (
@@ -174,9 +174,9 @@ WHY: dict[str, str] = {
     ),
     "multislerp of task vectors": _BFLOAT16,
     "karcher": (
-        "mergekit: angles of 0.003 by a float32 (or bfloat16) arc cosine of a number near 1 can come "
-        "out as 0, and that model then pulls nowhere: coefficients 1/3 and 2/3 in place of 1/2 in "
-        "some tensors; ours agree with float64"
+        "mergekit: an angle of 0.003, as arc cosine of a float32 (or bfloat16) number near 1, can "
+        "come out as 0, and that model then pulls nowhere: coefficients 1/3 and 2/3 in place of "
+        "1/2 in some tensors; ours agree with float64"
     ),
     "task_arithmetic": _BFLOAT16,
     "ties": _TIED,
@@ -186,8 +186,8 @@ WHY: dict[str, str] = {
     "sce": _TIED.replace("magnitudes", "variances"),
     "model_stock": _BFLOAT16,
     "arcee_fusion": (
-        "mergekit: divergences near 5e-7 are sums of float32 terms whose roundings are 1e-7, so that "
-        "scores are off by up to 90 % (some are negative); ours agree with float64"
+        "mergekit: divergences near 5e-7 are sums in float32, whose roundings are near 1e-7, so "
+        "that scores are off by up to 90 % and some are negative; ours agree with float64"
     ),
     "nearswap": _BFLOAT16,
     "ram": _BFLOAT16,
