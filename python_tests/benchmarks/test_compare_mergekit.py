@@ -73,4 +73,4 @@ def test_a_failed_merge_is_a_row_of_the_table():
     lines[1]["float32"] |= {"max_difference": 0.0, "change": 0.0}
     first, second = cm.table(json.loads(json.dumps(lines))).splitlines()[-2:]
     assert "mergekit bfloat16: ValueError: no" in first
-    assert second.startswith("| ram | - | - | - | 100 % | 100 % | 0 |")
+    assert second.startswith("| ram | - | - | - | - | 100 % | 100 % | 0 |")

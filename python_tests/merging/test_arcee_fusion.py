@@ -87,3 +87,15 @@ def test_degenerate_cases():
         FUSION(base, [model, model])
     model[2, 3] = math.nan
     assert FUSION(base, [model])[2, 3].isnan()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_vectors_elements_on_the_threshold_are_taken(seed):
+    # Distances 0 to 3 in halves: the quartiles are 0, 0 and 1, so the threshold is at 1.5.
+    generator = torch.Generator().manual_seed(seed)
+    distance = torch.tensor([0.0] * 500 + [1.0] * 300 + [1.5] * 150 + [3.0] * 50)
+    distance = distance[torch.randperm(1000, generator=generator)]
+    base = torch.randint(-64, 64, (1000,), generator=generator) / 64
+    tensor = base + distance * 2**-9
+    out = FUSION(base, [tensor])
+    assert torch.equal(out != base, distance >= 1.5)

@@ -40,6 +40,10 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor], *, notes: dict | None 
     length = max(1, base.shape[-1] if base.dim() else 1)
     x, y = base.reshape(-1), tensors[0].reshape(-1)
     divergence = _divergences(x, y, length)
+    if len(divergence) == 1:
+        # Changes of a few steps of a coarse type are small multiples of one number, and many lie on
+        # the threshold. Widened, the products of two float32 numbers are exact, and those reach it.
+        divergence = divergence.double()
     threshold = _threshold(x, y, divergence, length)
     if notes is not None:
         notes["importance"] = threshold
