@@ -8,6 +8,7 @@ Contenders take turns, one process at a time. README.md here says how to read wh
 
 import argparse
 import json
+import os
 import re
 import shutil
 import statistics
@@ -381,6 +382,7 @@ def _timing(options, contenders: Sequence[Contender], work: Path, stream) -> lis
     bench = Bench(folders, work, [stream], **common)
     for folder in folders:  # into the page cache, for the first contender as for the others
         floor(sorted(folder.glob("*.safetensors")), work / "warm", 1)
+    os.sync()  # else the disk is still busy with the models while the first merge runs
     bench.rounds(methods, contenders, options.rounds, options.compare)
     noise = noise_of(bench.rows)
     summary = list(summaries(bench.rows))
