@@ -151,20 +151,15 @@ EXAMPLES: dict[str, dict] = {
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 # Why figures differ: established by merging single tensors both ways and in float64.
-_LAST_BIT = "one float32 rounding: we divide the weights by their sum, mergekit the sum of products"
+_LAST_BIT = "last bits of float32: we divide the weights by their sum, mergekit the sum of products"
 _BFLOAT16 = "mergekit computes in bfloat16, here with a rounding per operation"
-_TIED = (
-    "ties: tuned in bfloat16, many elements moved by the same few steps. Both keep as many, and "
-    "the same magnitudes; of those on the cut we keep the lower index, mergekit what its sort puts "
-    "first"
-)
-_RANDOM = "other random numbers, same distribution; in bfloat16 mergekit's rounding loses changes"
+_TIED = "of equal magnitudes on the cut other ones are kept, as many of them (below)"
 WHY: dict[str, str] = {
     "linear": _LAST_BIT,
     "linear, in modules": _LAST_BIT,
     "linear, union of vocabularies": _LAST_BIT + "; rows of new tokens agree",
     "slerp": "mergekit computes in float32 whatever the dtype",
-    "slerp, filters and gradients": "float32 roundings of gradients' values",
+    "slerp, filters and gradients": "last bits of float32",
     "nuslerp": _BFLOAT16 + "; in float32 cosines near 1 lose digits",
     "nuslerp by row": _BFLOAT16,
     "nuslerp of task vectors": _BFLOAT16,
@@ -192,10 +187,6 @@ WHY: dict[str, str] = {
     "nearswap": _BFLOAT16,
     "ram": _BFLOAT16,
     "ramplus_tl": _BFLOAT16,
-    "dare_linear": _RANDOM,
-    "dare_ties": _RANDOM,
-    "della": _RANDOM,
-    "della_linear": _RANDOM,
 }
 
 
@@ -410,8 +401,8 @@ def table(lines: list[dict]) -> str:
     ]
     random = [
         "| recipe | dtype | changed, ours | mergekit's | largest difference of a tensor | mean "
-        "size of changes | norm of changes | largest difference of a tensor | why |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "size of changes | norm of changes | largest difference of a tensor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     known = [*RECIPES, *EXAMPLES]
     for line in sorted(lines, key=lambda line: known.index(line["recipe"])):
@@ -427,7 +418,7 @@ def table(lines: list[dict]) -> str:
                         f"| {s['largest_share_difference_in_deviations']:.1f} deviations "
                         f"| {s['mean_size'][0] / s['mean_size'][1] - 1:+.3%} "
                         f"| {s['norm'][0] / s['norm'][1] - 1:+.3%} "
-                        f"| {s['largest_norm_ratio'] - 1:.2%} | {why} |"
+                        f"| {s['largest_norm_ratio'] - 1:.2%} |"
                     )
             continue
         cells = []
@@ -468,7 +459,10 @@ def main() -> None:
     if options.models is None:
         parser.error("expected --models BASE ONE OTHER")
     mergekit = options.mergekit
-    mergekit = mergekit if mergekit.is_dir() else mergekit.parent.parent
+    if not mergekit.is_dir():
+        mergekit = mergekit.parent.parent
+    if not (mergekit / "bin/mergekit-yaml").exists():
+        parser.error(f"expected --mergekit with bin/mergekit-yaml in it, got {options.mergekit}")
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         base, *tuned = (str(folder.resolve()) for folder in options.models)
