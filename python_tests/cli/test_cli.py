@@ -128,3 +128,23 @@ def test_light_imports():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_random_seed_is_for_recipes_without_one(models):
+    recipe = RECIPE.replace("ties", "dare_ties")
+    seeded = recipe.replace("density: 0.5}\n", "density: 0.5, seed: 5}\n")
+    assert seeded != recipe
+    written = {}
+    for name, text, seed in (("none", recipe, 0), ("five", recipe, 5), ("own", seeded, 9)):
+        (models / "r.yaml").write_text(text)
+        arguments = ["-q", "--no-model-check", "--random-seed", str(seed)]
+        assert main(["merge", "r.yaml", name, *arguments]) == 0
+        written[name] = (models / name / "model.safetensors").read_bytes()
+    assert written["none"] != written["five"] == written["own"]
+
+
+def test_info_lists_the_methods(capsys):
+    assert main(["info", "--methods"]) == 0
+    out = capsys.readouterr().out
+    assert "\nties: Trim to the largest magnitudes" in out and "\n    lambda: 1.0\n" in out
+    assert "dare_ties: " in out and "    density: 1.0, of each model\n" in out
