@@ -371,6 +371,7 @@ class _Planner:
         self.labels = {ref: str(ref) for ref in self.sources}
         self.rows = {ref: vocabulary_names(source.names) for ref, source in self.sources.items()}
         self.statistics: dict[Path, CheckpointSource] = {}
+        self._matched: set[Path] = set()  # of them, those that hold something for these models
 
     def plan(self) -> MergePlan:
         layout = lay_out(self.spec, self.sources, allow_crimes=self.allow.crimes)
@@ -379,7 +380,7 @@ class _Planner:
         self._tried: set[str] = set()
         tensors = [self._plan_tensor(assignment) for assignment in layout.assignments]
         for folder, source in self.statistics.items():
-            if not any(t.statistics and any(t.statistics) for t in tensors):
+            if folder not in self._matched:
                 raise CheckpointError(
                     f"{folder}: holds no statistics of these models' tensors; its first is "
                     f"{source.names[0] if source.names else 'none'}"
@@ -533,7 +534,10 @@ class _Planner:
         if folder not in self.statistics:
             self.statistics[folder] = CheckpointSource(folder)
         source = self.statistics[folder]
-        return source.operand(name) if name in source else None
+        if name not in source:
+            return None
+        self._matched.add(folder)
+        return source.operand(name)
 
     def _try(self, assignment: Assignment, num_models: int) -> dict[str, Any]:
         """Return the bound parameters, after a small trial of each new combination of them.

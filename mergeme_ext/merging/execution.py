@@ -120,9 +120,9 @@ class Execution:
         share = self.max_memory // 2 // self.num_threads()
         return max(4096, min(CHUNK_ELEMENTS, share // (_BYTES_PER_ELEMENT * (num_tensors + 1))))
 
-    def layout_bytes(self) -> int:
-        """Return the bytes up to which a tensor that must be computed is held in memory."""
-        return self.max_memory // 4 // self.num_threads()
+    def layout_bytes(self, num_tensors: int) -> int:
+        """Return the bytes up to which one of ``num_tensors`` computed inputs is held in memory."""
+        return self.max_memory // 4 // self.num_threads() // num_tensors
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,24 @@ class _Merge:
         with self._lock:
             self._bar.update(nbytes)
 
-    def lay_out(self, operand: Operand) -> Tensor:
-        return lay_out(operand, folder=self.sink.folder, in_memory=self.execution.layout_bytes())
+    def lay_out(self, tensor: PlannedTensor) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the whole of a tensor's base, if it has one, and of its models."""
+        limit = self.execution.layout_bytes(len(tensor.operands))
+        whole = [
+            lay_out(operand, folder=self.sink.folder, in_memory=limit)
+            for operand in tensor.operands
+        ]
+        return (None, whole) if tensor.base is None else (whole[0], whole[1:])
+
+    def check(
+        self, tensor: PlannedTensor, base: Tensor | None, models: Sequence[Tensor], offset: int
+    ) -> None:
+        """Refuse inputs that are not finite, unless that is allowed."""
+        if self.execution.allow_nonfinite:
+            return
+        every = models if base is None else [base, *models]
+        for label, values in zip(tensor.labels, every, strict=True):
+            check_finite(values.reshape(-1), offset, tensor, label)
 
     def make_survey(self, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
         """Let the method look at the whole model, or return what it saw before an interruption."""
@@ -257,12 +273,9 @@ class _Merge:
 
     def _visits(self, tensors: Sequence[PlannedTensor], *, check: bool) -> Iterator[Visit]:
         for tensor in tensors:
-            base = None if tensor.base is None else self.lay_out(tensor.base)
-            models = [self.lay_out(operand) for operand in tensor.models]
-            if check and not self.execution.allow_nonfinite:
-                every = models if base is None else [base, *models]
-                for label, whole in zip(tensor.labels, every, strict=True):
-                    check_finite(whole.reshape(-1), 0, tensor, label)
+            base, models = self.lay_out(tensor)
+            if check:
+                self.check(tensor, base, models, 0)
             yield Visit(tensor.tensor_name, base, models, self.statistics_of(tensor))
             for operand in tensor.operands:
                 operand.release()
@@ -270,7 +283,11 @@ class _Merge:
     def statistics_of(self, tensor: PlannedTensor) -> list[Tensor | None] | None:
         if tensor.statistics is None:
             return None
-        return [None if s is None else self.lay_out(s) for s in tensor.statistics]
+        limit = self.execution.layout_bytes(len(tensor.statistics))
+        return [
+            None if s is None else lay_out(s, folder=self.sink.folder, in_memory=limit)
+            for s in tensor.statistics
+        ]
 
 
 class _Job:
@@ -279,7 +296,7 @@ class _Job:
     def __init__(self, merge: _Merge, tensor: PlannedTensor):
         self._merge, self.tensor = merge, tensor
         self.numel = tensor.numel
-        limit = merge.execution.layout_bytes()
+        limit = merge.execution.layout_bytes(len(tensor.operands))
         sizes = [o.dtype.itemsize * tensor.numel for o in tensor.operands if o.stored() is None]
         self.memory = sum(size for size in sizes if size <= limit)
         self._combine, self._device = None, merge.device
@@ -288,8 +305,7 @@ class _Job:
 
     def start(self) -> list[Callable[[], None]]:
         tensor, merge = self.tensor, self._merge
-        self._base = None if tensor.base is None else merge.lay_out(tensor.base)
-        self._models = [merge.lay_out(operand) for operand in tensor.models]
+        self._base, self._models = merge.lay_out(tensor)
         step = merge.execution.chunk_of(len(tensor.operands))
         if tensor.parameters is None:
             return [partial(self._copy, *chunk) for chunk in self._chunks(step)]
@@ -327,19 +343,13 @@ class _Job:
                 notes=notes,
             )
         except ValueError as error:
-            self._check_inputs()  # NaN is a better explanation, if that is what it was
+            # NaN is a better explanation, if that is what it was.
+            merge.check(tensor, self._base, self._models, 0)
             raise type(error)(f"tensor {tensor.name!r}: {error}") from error
         if notes:
             merge.sink.note(tensor.name, notes)
         self._base = None if base is None else base.reshape(-1)
         self._models = [model.reshape(-1) for model in models]
-
-    def _check_inputs(self) -> None:
-        if self._merge.execution.allow_nonfinite:
-            return
-        every = self._models if self._base is None else [self._base, *self._models]
-        for label, whole in zip(self.tensor.labels, every, strict=True):
-            check_finite(whole.reshape(-1), 0, self.tensor, label)
 
     def _copy(self, start: int, stop: int) -> None:
         tensor = self.tensor
@@ -358,17 +368,14 @@ class _Job:
         tensor, merge = self.tensor, self._merge
         base = None if self._base is None else self._base[start:stop]
         models = [model[start:stop] for model in self._models]
-        every = models if base is None else [base, *models]
-        check = not merge.execution.allow_nonfinite
-        if check:
-            for label, chunk in zip(tensor.labels, every, strict=True):
-                check_finite(chunk, start, tensor, label)
-        if tensor.dtype != every[0].dtype:  # else the op rounds
-            work = torch.float64 if every[0].dtype == torch.float64 else torch.float32
+        merge.check(tensor, base, models, start)
+        dtype = models[0].dtype
+        if tensor.dtype != dtype:  # else the op rounds
+            work = torch.float64 if dtype == torch.float64 else torch.float32
             base = None if base is None else base.to(work)
             models = [model.to(work) for model in models]
         merged = self._device.combine(self._combine, base, models, start).to(tensor.dtype)
-        if check:
+        if not merge.execution.allow_nonfinite:
             check_finite(merged, start, tensor, None)
         merge.sink.write_at(tensor.name, start, merged)
         merge.wrote(merged.nbytes)

@@ -127,6 +127,23 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(models, method):
     assert folder_bytes(models / "cuda") == folder_bytes(models / "out")
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_computed_inputs_share_the_memory(threads):
+    """However many models have to be computed, as FP8 ones are, all threads' fit into half."""
+    execution = Execution(threads=threads, max_memory=2**30)
+    for count in (1, 2, 3, 9, 40):
+        held = threads * count * execution.layout_bytes(count)
+        assert 2**27 < held <= 2**29
+
+
+def test_statistics_of_other_models_are_noticed(models):
+    spec = spec_of(models, "fisher")
+    folder = models / "b-statistics"
+    save(folder, {"elsewhere": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"b-statistics: holds no .*; its first is elsewhere"):
+        plan_merge(spec)
+
+
 def test_devices_that_are_not_there(models):
     for device in ("gpu", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
         with pytest.raises(ValueError, match=f"device.*'{device}'"):
