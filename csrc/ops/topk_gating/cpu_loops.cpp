@@ -22,7 +22,7 @@ struct Row {
         selected(reinterpret_cast<A*>(room + 2 * padded(num_experts))),
         best(reinterpret_cast<key_t<A>*>(room + 2 * padded(num_experts) + padded(top_k + 1))),
         groups(best + padded(ceil_div(num_experts, kLanes))),
-        shares(reinterpret_cast<A*>(groups + padded(num_groups))),
+        shares(reinterpret_cast<A*>(groups + 2 * padded(num_groups))),
         num_blocks(static_cast<int32_t>(ceil_div(num_experts, kLanes))),
         has_nan(false) {
     // Once for all rows: nothing writes to the padding.
@@ -152,29 +152,32 @@ void top2_of(const Key* keys, int64_t n, Key& first, Key& second) {
 }
 
 // Marks as taken the experts outside the top groups; of equal groups the lower ones are kept. The
-// two best keys of a group give its score, as without a bias logits order like scores.
+// two best keys of a group give its score, as without a bias logits order like scores. `groups` has
+// room for two keys of each group.
 template <Score S, typename A>
 void limit_groups(const Params& p, A top, key_t<A>* keys, key_t<A>* groups) {
   using Key = key_t<A>;
-  const int64_t size = p.num_experts / p.num_groups;
-  for (int64_t g = 0; g < p.num_groups; ++g) {
-    Key first = kTakenKey<A>, second = kTakenKey<A>;
-    if (p.group_score == GroupScore::kMax) {
-      for (int64_t e = g * size; e < (g + 1) * size; ++e) first = keys[e] > first ? keys[e] : first;
-    } else {
-      top2_of(keys + g * size, size, first, second);
-      first = top2_key<S>(first, second, p.bias != nullptr, top);
-    }
-    groups[g] = first;
+  const int64_t count = p.num_groups, size = p.num_experts / count;
+  Key* second = groups + count;
+  for (int64_t g = 0; g < count; ++g) {
+    groups[g] = second[g] = kTakenKey<A>;
+    top2_of(keys + g * size, size, groups[g], second[g]);
+  }
+  if (p.group_score == GroupScore::kTop2) {
+    const bool biased = p.bias != nullptr;
+    for (int64_t g = 0; g < count; ++g) groups[g] = top2_key<S>(groups[g], second[g], biased, top);
   }
   for (int64_t i = 0; i < p.top_groups; ++i) {
+    Key largest = groups[0];
+    for (int64_t g = 1; g < count; ++g) largest = groups[g] > largest ? groups[g] : largest;
     int64_t best = 0;
-    for (int64_t g = 1; g < p.num_groups; ++g) best = groups[g] > groups[best] ? g : best;
+    while (groups[best] != largest) ++best;
     groups[best] = kTakenKey<A>;
   }
-  for (int64_t g = 0; g < p.num_groups; ++g)
-    if (groups[g] != kTakenKey<A>)
-      for (int64_t e = g * size; e < (g + 1) * size; ++e) keys[e] = kTakenKey<A>;
+  for (int64_t g = 0; g < count; ++g) {
+    const bool chosen = groups[g] == kTakenKey<A>;
+    for (int64_t e = g * size; e < (g + 1) * size; ++e) keys[e] = chosen ? keys[e] : kTakenKey<A>;
+  }
 }
 
 // Loads a token and makes its keys. Returns the normalizer of the weights, if it is known already.
@@ -367,6 +370,78 @@ int64_t backward_rows(const BackwardParams& p, int64_t begin, int64_t end, doubl
   return -1;
 }
 
+// The backward pass for K <= 16 and float32 arithmetic, a tile of rows at once.
+template <typename T, Score S>
+int64_t backward_tiles(const BackwardParams& p, int64_t begin, int64_t end, double* room) {
+  const int64_t n = p.num_experts, width = padded(n);
+  const int top_k = static_cast<int>(p.top_k);
+  float* logits = reinterpret_cast<float*>(room);  // of one row, where all are needed
+  float* shares = logits + width;                  // of a tile
+  const float scale = static_cast<float>(p.scale);
+  const bool normalized = S == Score::kSoftmax || p.renormalize;
+  const bool dense = S == Score::kSoftmax && !p.renormalize;
+  for (int64_t e = n; e < width; ++e) logits[e] = minus_infinity<float>();
+  for (int64_t t = begin; t < end; t += kTile) {
+    const int count = static_cast<int>(end - t < kTile ? end - t : kTile);
+    const int32_t* ids = p.ids + t * top_k;
+    const float* grad = static_cast<const float*>(p.grad) + t * top_k;
+    const T* rows = static_cast<const T*>(p.logits) + t * n;
+    T* out = static_cast<T*>(p.grad_logits) + t * n;
+    for (int64_t i = 0; i < int64_t{count} * top_k; ++i)
+      if (ids[i] < 0 || ids[i] >= n) return t * top_k + i;
+    Tile z = {}, g = {}, v, products;
+    for (int r = 0; r < count; ++r)
+      for (int k = 0; k < top_k; ++k) {
+        z[k][r] = to_acc(rows[r * n + ids[r * top_k + k]]);
+        g[k][r] = grad[r * top_k + k];
+      }
+    float top[kTile] = {}, sum[kTile], s[kTile] = {};
+    for (int r = 0; r < kTile; ++r) sum[r] = 1;
+    for (int r = 0; dense && r < count; ++r) {
+      widen(rows + r * n, logits, n);
+      const Normalizer<float> all = normalizer<S>(logits, n, shares + r * width);
+      top[r] = all.top;
+      sum[r] = all.sum;
+    }
+    if (p.renormalize) {
+      normalize_tile<S>(z, top_k, v, top, sum);
+    } else {
+      for (int k = 0; k < top_k; ++k)
+        for (int r = 0; r < kTile; ++r)
+          v[k][r] = normalized ? share<S>(z[k][r], top[r]) : lone_score<S>(z[k][r]);
+    }
+    if (normalized) {
+      for (int k = 0; k < top_k; ++k)
+        for (int r = 0; r < kTile; ++r) {
+          v[k][r] /= sum[r];
+          products[k][r] = v[k][r] * g[k][r];
+        }
+      for (int k = top_k; k < kColumns; ++k)
+        for (int r = 0; r < kTile; ++r) products[k][r] = 0;
+      fold_tile(products, [](float x, float y) { return x + y; });
+      for (int r = 0; r < kTile; ++r) s[r] = products[0][r];
+    }
+    for (int k = 0; k < top_k; ++k)
+      for (int r = 0; r < kTile; ++r) {
+        float x = v[k][r];
+        if constexpr (S == Score::kNone) x = normalized ? 1.f / sum[r] : 1.f;
+        if constexpr (S != Score::kSoftmax) x *= log_slope<S>(z[k][r]);
+        v[k][r] = scale * (x * (g[k][r] - s[r]));
+      }
+    for (int r = 0; r < count; ++r) {
+      T* row = out + r * n;
+      if (dense) {
+        const float* share = shares + r * width;
+        for (int64_t e = 0; e < n; ++e) row[e] = from_acc<T>(scale * (share[e] / sum[r] * -s[r]));
+      } else {
+        memset(row, 0, static_cast<size_t>(n) * sizeof(T));  // +0 in every type
+      }
+      for (int k = 0; k < top_k; ++k) row[ids[r * top_k + k]] = from_acc<T>(v[k][r]);
+    }
+  }
+  return -1;
+}
+
 }  // namespace
 
 void forward(const Params& p, int64_t begin, int64_t end, double* room) {
@@ -382,7 +457,14 @@ void forward(const Params& p, int64_t begin, int64_t end, double* room) {
 int64_t backward(const BackwardParams& p, int64_t begin, int64_t end, double* room) {
   int64_t bad = -1;
   dispatch_floating(p.dtype, [&]<typename T>() {
-    dispatch_score(p.score, [&]<Score S>() { bad = backward_rows<T, S>(p, begin, end, room); });
+    dispatch_score(p.score, [&]<Score S>() {
+      if constexpr (sizeof(acc_t<T>) == sizeof(float))
+        if (p.top_k <= kColumns) {
+          bad = backward_tiles<T, S>(p, begin, end, room);
+          return;
+        }
+      bad = backward_rows<T, S>(p, begin, end, room);
+    });
   });
   return bad;
 }

@@ -10,12 +10,13 @@ inline constexpr int kRows = 4;  // tokens that are in work together
 
 // Room for the arrays of one row, in doubles so that it fits every type: logits, their keys,
 // their shares, the selected logits, each padded to whole blocks of kLanes, the largest key of each
-// block, and the keys of the groups. Or else for a tile of at most 16 rows: logits, keys, and a row
-// of shares, in float, and the keys of a row's groups.
+// block, and two keys of each group. Or else for a tile of at most 16 rows: logits, keys, and a row
+// of shares, in float, and two keys of each of a row's groups; or a row of logits and a tile of
+// shares.
 MERGEME_HD int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
 MERGEME_HD int64_t row_room(int64_t num_experts, int64_t top_k, int64_t num_groups) {
   return 3 * padded(num_experts) + padded(top_k + 1) + padded(ceil_div(num_experts, kLanes)) +
-         padded(num_groups);
+         2 * padded(num_groups);
 }
 inline int64_t row_room(const Params& p) { return row_room(p.num_experts, p.top_k, p.num_groups); }
 inline int64_t row_room(const BackwardParams& p) { return row_room(p.num_experts, p.top_k, 0); }
