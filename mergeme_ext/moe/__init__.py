@@ -1,7 +1,19 @@
-"""Mixture-of-Experts modules over the ops: router, experts, and the layer of both."""
+"""Mixture-of-Experts modules over the ops: router, experts, the layer of both, and losses."""
 
 from mergeme_ext.moe.experts import Experts
 from mergeme_ext.moe.layer import MoELayer
+from mergeme_ext.moe.losses import (
+    load_balancing_loss,
+    pooled_load_balancing_loss,
+    router_z_loss,
+)
 from mergeme_ext.moe.router import TopKRouter
 
-__all__ = ["Experts", "MoELayer", "TopKRouter"]
+__all__ = [
+    "Experts",
+    "MoELayer",
+    "TopKRouter",
+    "load_balancing_loss",
+    "pooled_load_balancing_loss",
+    "router_z_loss",
+]
