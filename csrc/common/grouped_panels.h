@@ -245,22 +245,17 @@ void pack_right(const Operand& b, int64_t panel, int64_t columns, int64_t k, int
 
 // Steps [k, k + depth) of a packed panel (all its columns), widened; k is even.
 template <typename T>
-void widen_panel(const T* panel, int64_t k, int64_t depth, acc_t<T>* out) {
-  using Acc = acc_t<T>;
-  constexpr int64_t kWidth = kLanes<Acc>;
-  if constexpr (!kPaired<T>) {
-    memcpy(out, panel + k * kPanelColumns, size_t(depth * kPanelColumns) * sizeof(T));
-  } else {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(panel) + k / 2 * kPanelColumns;
-    for (int64_t i = 0; i < depth; i += 2, words += kPanelColumns) {
-      for (int64_t j = 0; j < kPanelColumns; j += kWidth) {
-        BitsVector pair;
-        memcpy(&pair, words + j, sizeof pair);
-        FloatVector even, odd;
-        split_pair<T>(pair, even, odd);
-        store(out + i * kPanelColumns + j, even);
-        if (i + 1 < depth) store(out + (i + 1) * kPanelColumns + j, odd);
-      }
+void widen_panel(const T* panel, int64_t k, int64_t depth, float* out) {
+  constexpr int64_t kWidth = kLanes<float>;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(panel) + k / 2 * kPanelColumns;
+  for (int64_t i = 0; i < depth; i += 2, words += kPanelColumns) {
+    for (int64_t j = 0; j < kPanelColumns; j += kWidth) {
+      BitsVector pair;
+      memcpy(&pair, words + j, sizeof pair);
+      FloatVector even, odd;
+      split_pair<T>(pair, even, odd);
+      store(out + i * kPanelColumns + j, even);
+      if (i + 1 < depth) store(out + (i + 1) * kPanelColumns + j, odd);
     }
   }
 }
@@ -301,18 +296,22 @@ MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilog
     }
     for (int64_t k = 0; !done && (k < depth || k == 0); k += kPanelDepth) {
       const int64_t some = smaller(kPanelDepth, depth - k);
+      const Acc* panels[kGroup];
       for (int64_t j = 0; j < count; ++j) {
         Acc* to = right + j * kPanelDepth * kPanelColumns;
-        if (task.packed)
-          widen_panel(static_cast<const T*>(task.packed) + (p + j) * panel_size, k, some, to);
-        else
+        const T* packed = static_cast<const T*>(task.packed) + (p + j) * panel_size;
+        panels[j] = to;
+        if (!task.packed)
           pack_right<T>(task.b, p + j, task.columns, k, some, to);
+        else if constexpr (kPaired<T>)
+          widen_panel(packed, k, some, to);
+        else
+          panels[j] = packed + k * kPanelColumns;
       }
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = first_row(i), rows = first_row(i + 1) - m;
         for (int64_t j = 0; j < count; ++j)
-          multiply_panel(rows, left + i * left_size + k * kRowStride,
-                         right + j * kPanelDepth * kPanelColumns, some,
+          multiply_panel(rows, left + i * left_size + k * kRowStride, panels[j], some,
                          c + m * ldc + j * kPanelColumns, ldc, k == 0);
       }
     }
