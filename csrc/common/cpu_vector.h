@@ -16,6 +16,10 @@
 namespace mergeme {
 namespace {
 
+MERGEME_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MERGEME_INLINE int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
+MERGEME_INLINE int64_t round_up(int64_t total, int64_t size) { return parts(total, size) * size; }
+
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)

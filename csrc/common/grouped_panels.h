@@ -12,10 +12,18 @@
 //     there is, and widened once for all blocks otherwise.
 //
 // Every c is one chain of multiply-adds over ascending k, whatever the packing, the cut into blocks
-// and panels, the number of rows or of threads: none of them changes a bit.
+// and panels, the number of rows or of threads: none of them changes a bit. In bfloat16 the sets
+// with instructions of their own for it sum in another order, which they too keep whatever the cut.
 #pragma once
+#include <type_traits>
+
 #include "csrc/common/cpu_vector.h"
 #include "csrc/common/grouped_blocks.h"
+#if defined(__AMX_BF16__)
+#include "csrc/common/grouped_tiles.h"
+#elif defined(__AVX512BF16__)
+#include "csrc/common/grouped_dots.h"
+#endif
 
 namespace mergeme {
 namespace {
@@ -29,9 +37,6 @@ constexpr int kMaxRows = 6;
 constexpr int kRowStride = 8;
 #endif
 static_assert(kVectorBytes <= kMaxVectorBytes && kMaxRows <= kRowStride);
-
-MERGEME_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MERGEME_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // ---- packed words: two k of one column in 32 bits, the even one below ------------------------
 
@@ -266,7 +271,8 @@ void widen_panel(const T* panel, int64_t k, int64_t depth, float* out) {
 // panel: c holds the sums of rows [row, row + rows) (counted from the task's first) and the panel's
 // 32 columns.
 template <typename T, typename Epilogue>
-MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilogue epilogue) {
+MERGEME_INLINE void multiply_panels_by_vectors(const PanelTask& task, void* scratch,
+                                               Epilogue epilogue) {
   using Acc = acc_t<T>;
   const int64_t depth = task.depth, blocks = (task.rows + kMaxRows - 1) / kMaxRows;
   const int64_t even_depth = round_up(depth, 2), left_size = even_depth * kRowStride;
@@ -321,6 +327,20 @@ MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilog
         epilogue(m, first_row(i + 1) - m, p + j, c + m * ldc + j * kPanelColumns, ldc);
       }
   }
+}
+
+template <typename T, typename Epilogue>
+MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilogue epilogue) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bfloat16_t>)
+    multiply_panels_by_tiles(task, scratch, epilogue);
+  else
+#elif defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bfloat16_t>)
+    multiply_panels_by_dots(task, scratch, epilogue);
+  else
+#endif
+    multiply_panels_by_vectors<T>(task, scratch, epilogue);
 }
 
 // An epilogue: out[row, panel's columns] = c, rounded to Out.
