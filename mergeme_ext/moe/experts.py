@@ -1,11 +1,14 @@
 """The experts' gated MLPs, packed in two tensors and run by one fused op."""
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor, nn
 
+from mergeme_ext.moe.layouts import fuse_experts, keep_owned, per_expert_tensors
 from mergeme_ext.ops import grouped_experts, sort_by_expert
 
-__all__ = ["Experts", "run_experts"]
+__all__ = ["Experts", "per_expert_state_dict", "run_experts"]
 
 
 def run_experts(
@@ -35,10 +38,16 @@ def run_experts(
 class Experts(nn.Module):
     """E gated MLPs ``down(silu(gate x) * up x)``, packed as transformers packs them in memory.
 
+    ``load_state_dict`` takes the fused layout, which ``state_dict`` gives, and the per-expert ones
+    of published checkpoints (``0.gate_proj.weight``, ... or ``0.w1.weight``, ...), which
+    ``per_expert_state_dict`` gives.
+
     Args:
         hidden_size: H.
         intermediate_size: I.
         num_experts: E.
+        owned: The numbers of the experts whose weights this module holds; None for all. Only
+            ``ParallelExperts`` can run with less.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -51,6 +60,7 @@ class Experts(nn.Module):
         intermediate_size: int,
         num_experts: int,
         *,
+        owned: range | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,19 +70,29 @@ class Experts(nn.Module):
                 "Experts: expected hidden_size, intermediate_size and num_experts to be positive, "
                 f"got {hidden_size}, {intermediate_size} and {num_experts}"
             )
+        self.num_experts, self.owned = num_experts, owned or range(num_experts)
         where = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(
-            torch.empty(num_experts, 2 * intermediate_size, hidden_size, **where)
+            torch.empty(len(self.owned), 2 * intermediate_size, hidden_size, **where)
         )
         self.down_proj = nn.Parameter(
-            torch.empty(num_experts, hidden_size, intermediate_size, **where)
+            torch.empty(len(self.owned), hidden_size, intermediate_size, **where)
         )
+        self.register_load_state_dict_pre_hook(_accept_every_layout)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw both weights from a normal distribution."""
-        nn.init.normal_(self.gate_up_proj, std=std)
-        nn.init.normal_(self.down_proj, std=std)
+        """Draw both weights from a normal distribution.
+
+        Every expert is drawn, also those that another rank holds: with equal seeds, the ranks
+        together hold what one process would.
+        """
+        for parameter in (self.gate_up_proj, self.down_proj):
+            elsewhere = torch.empty_like(parameter[0])
+            for e in range(self.num_experts):
+                here = e in self.owned
+                nn.init.normal_(parameter[e - self.owned.start] if here else elsewhere, std=std)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Return [T, H]: see ``run_experts``."""
@@ -80,8 +100,55 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
-        num_experts, hidden_size, intermediate_size = self.down_proj.shape
+        _, hidden_size, intermediate_size = self.down_proj.shape
         return (
             f"hidden_size={hidden_size}, intermediate_size={intermediate_size}, "
-            f"num_experts={num_experts}"
+            f"num_experts={self.num_experts}"
         )
+
+
+def per_expert_state_dict(module: nn.Module, layout: str = "projections") -> dict[str, Tensor]:
+    """Return ``module.state_dict()`` with the weights of every ``Experts`` split by expert.
+
+    Args:
+        module: An ``Experts``, or anything that holds some.
+        layout: "projections" for ``{i}.gate_proj.weight``, ``up_proj`` and ``down_proj``, the names
+            in checkpoints of OLMoE, Qwen and DeepSeek; "mixtral" for ``w1``, ``w3`` and ``w2``.
+
+    Returns:
+        Views of the module's tensors; ``load_state_dict`` takes them back. Experts divided over
+        ranks appear under their numbers in the whole layer, each on its own rank.
+
+    Raises:
+        ValueError: ``layout`` is unknown.
+    """
+    split = {
+        f"{name}.gate_up_proj".lstrip("."): (f"{name}.".lstrip("."), experts)
+        for name, experts in module.named_modules()
+        if isinstance(experts, Experts)
+    }
+    gone = {prefix + "down_proj" for prefix, _ in split.values()}
+    found = {}
+    for key, tensor in module.state_dict().items():
+        if key in split:
+            prefix, experts = split[key]
+            down = experts.down_proj.detach()
+            matrices = per_expert_tensors(tensor, down, experts.owned, layout)
+            found |= {prefix + name: matrix for name, matrix in matrices.items()}
+        elif key not in gone:
+            found[key] = tensor
+    return found
+
+
+def _accept_every_layout(
+    experts: Experts,
+    state_dict: MutableMapping[str, Tensor],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    fuse_experts(experts, state_dict, prefix, missing_keys, error_msgs)
+    keep_owned(experts, state_dict, prefix)
