@@ -10,9 +10,20 @@ from mergeme_ext.ops import grouped_experts, sort_by_expert
 
 __all__ = ["Experts", "per_expert_state_dict", "run_experts"]
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
 
 def run_experts(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str = "silu",
+    sentinel: bool = False,
+    capacity: int | None = None,
+    priority: Tensor | None = None,
 ) -> Tensor:
     """Return, for each token of ``x``, the weighted sum of its experts' outputs.
 
@@ -22,6 +33,11 @@ def run_experts(
         down_proj: [E, H, I], dtype of ``x``.
         topk_ids: int32 [T, K], each in [0, E).
         topk_weights: [T, K], float32 (float64 with float64 ``x``).
+        activation: "silu", "gelu" or "gelu_tanh".
+        sentinel: Whether an id may also be E, for no expert.
+        capacity: How many choices an expert takes at most; the rest add nothing. None for all.
+        priority: [T, K], float32 or float64: which choices it takes, the greatest; None for the
+            first.
 
     Returns:
         [T, H], new, contiguous, dtype of ``x``; summed in float32 (float64 for float64) over k in
@@ -29,14 +45,23 @@ def run_experts(
 
     Source: Mixtral, arXiv:2401.04088, section 2.
     """
-    expert_offsets, permutation, inverse = sort_by_expert(topk_ids, gate_up_proj.shape[0])
+    expert_offsets, permutation, inverse = sort_by_expert(
+        topk_ids, gate_up_proj.shape[0], sentinel=sentinel, capacity=capacity, priority=priority
+    )
     return grouped_experts(
-        x, gate_up_proj, down_proj, topk_weights, expert_offsets, permutation, inverse
+        x,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        expert_offsets,
+        permutation,
+        inverse,
+        activation=activation,
     )
 
 
 class Experts(nn.Module):
-    """E gated MLPs ``down(silu(gate x) * up x)``, packed as transformers packs them in memory.
+    """E gated MLPs ``down(f(gate x) * up x)``, packed as transformers packs them in memory.
 
     ``load_state_dict`` takes the fused layout, which ``state_dict`` gives, and the per-expert ones
     of published checkpoints (``0.gate_proj.weight``, ... or ``0.w1.weight``, ...), which
@@ -46,6 +71,7 @@ class Experts(nn.Module):
         hidden_size: H.
         intermediate_size: I.
         num_experts: E.
+        activation: f: "silu", "gelu" (exact, by erf) or "gelu_tanh".
         owned: The numbers of the experts whose weights this module holds; None for all. Only
             ``ParallelExperts`` can run with less.
         device: Where the parameters live.
@@ -60,6 +86,7 @@ class Experts(nn.Module):
         intermediate_size: int,
         num_experts: int,
         *,
+        activation: str = "silu",
         owned: range | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,6 +97,11 @@ class Experts(nn.Module):
                 "Experts: expected hidden_size, intermediate_size and num_experts to be positive, "
                 f"got {hidden_size}, {intermediate_size} and {num_experts}"
             )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Experts: expected activation to be one of {ACTIVATIONS}, got {activation!r}"
+            )
+        self.activation = activation
         self.num_experts, self.owned = num_experts, owned or range(num_experts)
         where = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(
@@ -94,16 +126,35 @@ class Experts(nn.Module):
                 here = e in self.owned
                 nn.init.normal_(parameter[e - self.owned.start] if here else elsewhere, std=std)
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        sentinel: bool = False,
+        capacity: int | None = None,
+        priority: Tensor | None = None,
+    ) -> Tensor:
         """Return [T, H]: see ``run_experts``."""
-        return run_experts(x, self.gate_up_proj, self.down_proj, topk_ids, topk_weights)
+        return run_experts(
+            x,
+            self.gate_up_proj,
+            self.down_proj,
+            topk_ids,
+            topk_weights,
+            activation=self.activation,
+            sentinel=sentinel,
+            capacity=capacity,
+            priority=priority,
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
         _, hidden_size, intermediate_size = self.down_proj.shape
         return (
             f"hidden_size={hidden_size}, intermediate_size={intermediate_size}, "
-            f"num_experts={self.num_experts}"
+            f"num_experts={self.num_experts}, activation={self.activation}"
         )
 
 

@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,10 @@ def run_parallel_experts(
     topk_weights: Tensor,
     experts_per_rank: Sequence[int],
     *,
+    activation: str = "silu",
+    sentinel: bool = False,
+    capacity: int | None = None,
+    priority: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return what ``run_experts`` returns, with each rank's tokens sent to the experts' ranks.
@@ -57,6 +61,12 @@ def run_parallel_experts(
         topk_ids: int32 [T, K], each in [0, E), E the sum of ``experts_per_rank``.
         topk_weights: [T, K], float32 (float64 with float64 ``x``).
         experts_per_rank: E_r of each rank, at least 1; rank 0 has the first experts.
+        activation: "silu", "gelu" or "gelu_tanh".
+        sentinel: Whether an id may also be E, for no expert.
+        capacity: How many choices an expert takes at most of each rank; the rest add nothing and
+            do not travel. None for all.
+        priority: [T, K], float32 or float64: which choices it takes, the greatest; None for the
+            first.
         group: None for the default group. Any backend with all-to-all; gloo and NCCL among them.
 
     Returns:
@@ -65,7 +75,7 @@ def run_parallel_experts(
 
     Raises:
         TypeError: The ranks disagree on the dtype.
-        ValueError: They disagree on H, I, ``experts_per_rank`` or on what needs a gradient.
+        ValueError: They disagree on H, I, ``activation``, ``experts_per_rank`` or on what needs a gradient.
         RuntimeError: Another rank's arguments were refused there. All ranks learn of all this
             before any row is sent, so that none waits for one that has left.
 
@@ -84,13 +94,22 @@ def run_parallel_experts(
             )
         _check(x, gate_up_proj, down_proj, topk_ids, topk_weights, experts_per_rank[rank])
         first = [sum(experts_per_rank[:r]) for r in range(world_size + 1)]
-        offsets, permutation, inverse = sort_by_expert(topk_ids, first[-1])
+        offsets, permutation, inverse = sort_by_expert(
+            topk_ids, first[-1], sentinel=sentinel, capacity=capacity, priority=priority
+        )
         bounds = offsets[torch.tensor(first, device=offsets.device)].tolist()
         counts = [end - begin for begin, end in itertools.pairwise(bounds)]
     except Exception as error:  # raised below, once the other ranks know
         refusal = error
     received = _agree(
-        counts, refusal, x, gate_up_proj, down_proj, topk_weights, experts_per_rank, group
+        counts,
+        refusal,
+        x,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        (activation, *experts_per_rank),
+        group,
     )
 
     top_k, kept = topk_ids.shape[1], bounds[-1]
@@ -102,7 +121,7 @@ def run_parallel_experts(
     ids = _exchange(local_ids, plan)
     rows, weights = _Exchange.apply(plan, rows, weights)
     metadata = sort_by_expert(ids[:, None], experts_per_rank[rank])
-    outputs = grouped_experts(rows, gate_up_proj, down_proj, weights[:, None], *metadata)
+    outputs = grouped_experts(rows, gate_up_proj, down_proj, weights[:, None], *metadata, activation=activation)
     (outputs,) = _Exchange.apply(plan.back(), outputs)
     return _ToTokens.apply(outputs, slots, inverse, top_k)
 
@@ -121,6 +140,7 @@ class ParallelExperts(Experts):
         intermediate_size: I.
         num_experts: E of the whole layer.
         group: The ranks to divide them over; None for the default group.
+        activation: "silu", "gelu" (exact, by erf) or "gelu_tanh".
         experts_per_rank: How many each rank holds; None for ``split_experts``.
         device: Where the parameters live.
         dtype: Their dtype.
@@ -132,6 +152,7 @@ class ParallelExperts(Experts):
         intermediate_size: int,
         num_experts: int,
         *,
+        activation: str = "silu",
         group: dist.ProcessGroup | None = None,
         experts_per_rank: Sequence[int] | None = None,
         device: torch.device | str | None = None,
@@ -150,11 +171,51 @@ class ParallelExperts(Experts):
         first = sum(counts[:rank])
         owned = range(first, first + counts[rank])
         super().__init__(
-            hidden_size, intermediate_size, num_experts, owned=owned, device=device, dtype=dtype
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            activation=activation,
+            owned=owned,
+            device=device,
+            dtype=dtype,
         )
         self.group, self.experts_per_rank = group, counts
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Experts,
+        *,
+        group: dist.ProcessGroup | None = None,
+        experts_per_rank: Sequence[int] | None = None,
+    ) -> Self:
+        """Return this rank's part of ``experts``, which is the same on every rank; a copy."""
+        num_experts, hidden_size, intermediate_size = experts.down_proj.shape
+        part = cls(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            activation=experts.activation,
+            group=group,
+            experts_per_rank=experts_per_rank,
+            device="meta",
+        )
+        for name in ("gate_up_proj", "down_proj"):
+            whole = getattr(experts, name)
+            mine = whole.detach()[part.owned.start : part.owned.stop].clone()
+            setattr(part, name, nn.Parameter(mine, requires_grad=whole.requires_grad))
+        return part.train(experts.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        sentinel: bool = False,
+        capacity: int | None = None,
+        priority: Tensor | None = None,
+    ) -> Tensor:
         """Return [T, H]: see ``run_parallel_experts``."""
         return run_parallel_experts(
             x,
@@ -163,6 +224,10 @@ class ParallelExperts(Experts):
             topk_ids,
             topk_weights,
             self.experts_per_rank,
+            activation=self.activation,
+            sentinel=sentinel,
+            capacity=capacity,
+            priority=priority,
             group=self.group,
         )
 
@@ -348,7 +413,7 @@ def _agree(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     topk_weights: Tensor,
-    experts_per_rank: Sequence[int],
+    settings: Sequence[object],
     group: dist.ProcessGroup | None,
 ) -> list[int]:
     """Exchange the counts of rows, and with them all that the ranks must agree on.
@@ -361,7 +426,7 @@ def _agree(
         "dtype": DTYPES.index(x.dtype) if x.dtype in DTYPES else -1,
         "hidden size": x.shape[-1] if x.dim() else -1,
         "intermediate size": down_proj.shape[-1] if down_proj.dim() else -1,
-        "experts_per_rank (as a checksum)": zlib.crc32(repr(list(experts_per_rank)).encode()),
+        "activation and experts_per_rank (a checksum)": zlib.crc32(repr(settings).encode()),
         "gradient of x": int(grad and x.requires_grad),
         "gradient of topk_weights": int(grad and topk_weights.requires_grad),
         "gradient of the experts": int(
