@@ -75,7 +75,8 @@ def run_parallel_experts(
 
     Raises:
         TypeError: The ranks disagree on the dtype.
-        ValueError: They disagree on H, I, ``activation``, ``experts_per_rank`` or on what needs a gradient.
+        ValueError: They disagree on H, I, ``activation``, ``experts_per_rank`` or on what needs a
+            gradient.
         RuntimeError: Another rank's arguments were refused there. All ranks learn of all this
             before any row is sent, so that none waits for one that has left.
 
@@ -121,7 +122,9 @@ def run_parallel_experts(
     ids = _exchange(local_ids, plan)
     rows, weights = _Exchange.apply(plan, rows, weights)
     metadata = sort_by_expert(ids[:, None], experts_per_rank[rank])
-    outputs = grouped_experts(rows, gate_up_proj, down_proj, weights[:, None], *metadata, activation=activation)
+    outputs = grouped_experts(
+        rows, gate_up_proj, down_proj, weights[:, None], *metadata, activation=activation
+    )
     (outputs,) = _Exchange.apply(plan.back(), outputs)
     return _ToTokens.apply(outputs, slots, inverse, top_k)
 

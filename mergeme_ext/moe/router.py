@@ -119,9 +119,7 @@ class TopKRouter(nn.Module):
         bias = torch.zeros(num_experts, device=device) if selection_bias else None
         self.register_buffer("selection_bias", bias)
         counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
-        self.register_buffer(
-            "expert_counts", counts if selection_bias else None, persistent=False
-        )
+        self.register_buffer("expert_counts", counts if selection_bias else None, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -54,10 +54,11 @@ def tokens_of(num_tokens, num_experts, top_k, dtype, seed, allowed=None):
     return x, ids, weights, grad
 
 
-def run(experts, x, ids, weights, grad):
+def run(function, x, ids, weights, grad, experts=None):
     """Output and gradients of x, topk_weights, gate_up_proj and down_proj."""
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out = experts(x, ids, weights)
+    out = function(x, ids, weights)
+    experts = experts or function
     inputs = [x, weights, experts.gate_up_proj, experts.down_proj]
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
@@ -129,6 +130,39 @@ def test_float_gradients_are_those_of_one_process(ranks):
         assert torch.equal(torch.cat(got), want)
 
 
+def run_limited_on_rank(state, x, ids, weights, grad, limits):
+    experts = ParallelExperts(H, INNER, 5, activation="gelu_tanh")
+    experts.load_state_dict(state)
+    return run(lambda *inputs: experts(*inputs, **limits), x, ids, weights, grad, experts)
+
+
+LIMITS = [{"sentinel": True}, {"sentinel": True, "capacity": 2}, {"sentinel": True, "capacity": 0}]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_dropped_choices_do_not_travel_and_add_nothing(ranks, limits, by_weight):
+    state = weights_of(5, torch.float32)
+    arguments, expected = [], []
+    whole = Experts(H, INNER, 5, activation="gelu_tanh")
+    whole.load_state_dict(state)
+    for r, num_tokens in enumerate([8, 1, 13][: ranks.world_size]):
+        x, ids, weights, grad = tokens_of(num_tokens, 6, 3, torch.float32, seed=r)  # 5: no expert
+        options = dict(limits)
+        if by_weight and "capacity" in limits:
+            options["priority"] = weights
+        arguments.append((state, x, ids, weights, grad, options))
+        expected.append(run(lambda *a, o=options: whole(*a, **o), x, ids, weights, grad, whole))
+    results = ranks.run(run_limited_on_rank, arguments)
+    for got, want in zip(results, expected, strict=True):
+        for a, b in zip(got[:3], want[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert sum(got[0].abs().sum() for got in results) > 0 or limits.get("capacity") == 0
+    for name in (3, 4):  # the experts' gradients: a sum over the ranks
+        got = torch.cat([result[name] for result in results])
+        torch.testing.assert_close(got, sum(w[name] for w in expected), rtol=1e-4, atol=1e-4)
+
+
 def layers_on_rank(x, seed):
     """Two layers, one after the other, trained one step; and the one-process twin's figures."""
     torch.manual_seed(seed)
@@ -136,9 +170,7 @@ def layers_on_rank(x, seed):
     twins = torch.nn.Sequential(MoELayer(H, INNER, 5, top_k=2), MoELayer(H, INNER, 5, top_k=3))
     twins.load_state_dict(layers.state_dict())
     for layer in twins:
-        experts = ParallelExperts(H, INNER, 5)
-        experts.load_state_dict(layer.experts.state_dict())
-        layer.experts = experts
+        layer.divide_experts()
     found = []
     for module in (layers, twins):
         leaf = x.clone().requires_grad_()
@@ -221,12 +253,19 @@ def test_rejects_a_state_dict_that_does_not_fit(pools, shapes, message):
 
 def disagree_on_rank(changes):
     options = {"hidden": H, "intermediate": INNER, "num_experts": 6, "dtype": torch.float32}
-    options |= {"counts": None, "frozen": (), "bad_id": False, "grad": True} | changes
+    options |= {
+        "activation": "silu",
+        "counts": None,
+        "frozen": (),
+        "bad_id": False,
+        "grad": True,
+    } | changes
     hidden, dtype = options["hidden"], options["dtype"]
     experts = ParallelExperts(
         hidden,
         options["intermediate"],
         options["num_experts"],
+        activation=options["activation"],
         experts_per_rank=options["counts"],
         dtype=dtype,
     )
@@ -249,8 +288,9 @@ DISAGREEMENTS = [
         "ValueError",
         f"{SAME} intermediate size, got {INNER} on ranks [0, 2], 8 on",
     ),
-    ({"num_experts": 7}, "ValueError", f"{SAME} experts_per_rank"),
-    ({"counts": [1, 2, 3]}, "ValueError", f"{SAME} experts_per_rank"),
+    ({"num_experts": 7}, "ValueError", f"{SAME} activation and experts_per_rank"),
+    ({"counts": [1, 2, 3]}, "ValueError", f"{SAME} activation and experts_per_rank"),
+    ({"activation": "gelu"}, "ValueError", f"{SAME} activation and experts_per_rank"),
     ({"frozen": ["x"]}, "ValueError", f"{SAME} gradient of x, got 1 on ranks [0, 2], 0 on ranks"),
     ({"frozen": ["weights"]}, "ValueError", f"{SAME} gradient of topk_weights"),
     ({"frozen": ["experts"]}, "ValueError", f"{SAME} gradient of the experts"),
