@@ -300,3 +300,24 @@ def test_compile_matches_eager(train):
     if train:
         expected = torch.autograd.grad(layer(x).square().sum(), x)
         torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), expected)
+
+
+@pytest.mark.slow
+def test_compile_with_every_option():
+    layer = MoELayer(
+        16,
+        8,
+        4,
+        capacity_factor=0.8,
+        drop_policy="weight",
+        shared_intermediate_size=8,
+        shared_gate=True,
+        selection_bias=True,
+        compute_dtype=torch.float32,
+        dtype=torch.bfloat16,
+    )
+    x = tokens((2, 7), 16, torch.bfloat16)
+    expected, counts = layer(x), layer.router.expert_counts.clone()
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert torch.equal(layer.router.expert_counts, 2 * counts) and counts.sum() == 28

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -90,6 +92,16 @@ def test_leaves_the_given_state_dict_alone():
     names = list(entries)
     Experts(6, 5, 2).load_state_dict(entries)
     assert list(entries) == names
+
+
+def test_a_deep_copy_loads_into_itself():
+    layer = MoELayer(6, 5, 2)
+    entries = per_expert_state_dict(MoELayer(6, 5, 2))
+    before = layer.experts.down_proj.clone()
+    other = copy.deepcopy(layer)
+    other.load_state_dict(entries)
+    assert torch.equal(other.experts.down_proj[1], entries["experts.1.down_proj.weight"])
+    assert torch.equal(layer.experts.down_proj, before)
 
 
 def test_a_missing_matrix():
