@@ -1,5 +1,7 @@
 """The forward that ``experts_implementation="mergeme"`` runs in transformers' experts classes."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import activations
@@ -43,13 +45,20 @@ def experts_forward(
     num_experts = down.shape[0]
     # An int64 id beyond int32 must not wrap round into the range.
     ids = top_k_index.clamp(-1, num_experts + 1).to(torch.int32)
-    routing = sort_by_expert(ids, num_experts)
+    routing = _sort(ids, num_experts, experts._is_expert_parallel)
     activation = fused_activation(experts)
     if activation is not None and not experts.is_transposed:
-        out = grouped_experts(x, first, down, weights, *routing)
+        out = grouped_experts(x, first, down, weights, *routing, activation=activation)
     else:
         out = _run_in_steps(experts, x, first, down, weights, routing, dtype)
     return out.to(hidden_states.dtype)
+
+
+def _sort(ids: Tensor, num_experts: int, sentinel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if not sentinel:
+        return sort_by_expert(ids, num_experts)
+    offsets, permutation, inverse = sort_by_expert(ids, num_experts + 1)
+    return offsets[:-1], permutation, inverse
 
 
 def _run_in_steps(
@@ -131,8 +140,12 @@ def _activation_name(act: object) -> str | None:
     if kind is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
     if kind is activations.GELUActivation:
-        return "gelu" if act.act in (nn.functional.gelu, act._gelu_python) else None
-    return None
+        return "gelu" if act.act is nn.functional.gelu else None
+    if kind is activations.GELUTanh:
+        act = act.act
+        tanh = isinstance(act, functools.partial) and act.func is nn.functional.gelu
+        return "gelu_tanh" if tanh and act.keywords == {"approximate": "tanh"} else None
+    return "gelu_tanh" if kind is activations.NewGELUActivation else None
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -9,7 +9,30 @@ from mergeme_ext.moe.experts import run_experts
 from mergeme_ext.moe.layer import check_silu
 from mergeme_ext.ops import topk_gating
 
-__all__ = ["SwappedExperts", "use_mergeme_experts"]
+__all__ = ["SwappedExperts", "register", "use_mergeme_experts"]
+
+
+def register() -> None:
+    """Add "mergeme" to the implementations that ``experts_implementation`` of transformers names.
+
+    ``from_pretrained(..., experts_implementation="mergeme")``, a configuration's
+    ``_experts_implementation`` and ``model.set_experts_implementation("mergeme")`` then serve every
+    model whose experts use transformers' interface, in inference and training. Weights stay the
+    model's own parameters.
+
+    Raises:
+        ImportError: transformers is missing, or older than its experts interface.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        from mergeme_ext.integrations.experts_interface import experts_forward
+    except ImportError as error:
+        raise ImportError(
+            "register: expected a transformers 5 with an experts interface to be installed; "
+            f"run: pip install --upgrade 'mergeme_ext[hf]' ({error})"
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register("mergeme", experts_forward)
 
 
 class SwappedExperts:

@@ -26,7 +26,9 @@ def gather_slots(x: Tensor, permutation: Tensor, inverse: Tensor, top_k: int) ->
     return _Gather.apply(x, permutation, inverse, top_k)
 
 
-def combine_slots(rows: Tensor, topk_weights: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
+def combine_slots(
+    rows: Tensor, topk_weights: Tensor, permutation: Tensor, inverse: Tensor
+) -> Tensor:
     """Return, for each token, the sum of its ``rows`` times ``topk_weights``.
 
     Args:

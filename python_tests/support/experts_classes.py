@@ -66,7 +66,9 @@ def config_for(cls):
         if all(hasattr(config, attribute) for attribute in wanted):
             for attribute in wanted:
                 for ending, size in SIZES.items():
-                    if attribute.endswith(ending) and isinstance(getattr(config, attribute), int):
+                    # A list is one size for each modality; the class then takes the size itself.
+                    listed = isinstance(getattr(config, attribute), list | tuple)
+                    if attribute.endswith(ending) and not listed:
                         setattr(config, attribute, size)
             return config
     raise LookupError(f"no configuration of {package} has {sorted(wanted)}")
