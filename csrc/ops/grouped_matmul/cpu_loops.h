@@ -4,9 +4,7 @@
 
 namespace mergeme::grouped_matmul {
 
-// One block in each layout; scratch holds kBlockScratchBytes, aligned to 64.
-MERGEME_DECLARE_LOOPS(void multiply_nt(const GroupedBlock& block, void* scratch);
-                      void multiply_nn(const GroupedBlock& block, void* scratch);
-                      void multiply_tn(const GroupedBlock& block, void* scratch);)
+// out[row, :] for the task's rows, counted from its first, and panels; ldo elements between rows.
+MERGEME_DECLARE_LOOPS(void multiply(const PanelTask& task, void* out, int64_t ldo, void* scratch);)
 
 }  // namespace mergeme::grouped_matmul
