@@ -64,6 +64,15 @@ template <Score S, typename A>
 MERGEME_HD A lone_score(A z) {
   return S == Score::kSigmoid ? sigmoid(z) : share<S>(z, A(0));
 }
+// The score as the choice compares it, bias added: where it underflows, it may do so early.
+template <Score S, typename A>
+MERGEME_HD A choice_score(A z) {
+  if constexpr (S == Score::kSqrtSoftplus) {
+    const A t = exp_minus_abs(z), part = t * log1p_ratio(t);
+    return square_root(z < A(0) ? part : z + part);
+  }
+  return lone_score<S>(z);
+}
 // d log(score) / dz; for a softmax the part that the normalisation adds is left to the caller.
 template <Score S, typename A>
 MERGEME_HD A log_slope(A z) {
