@@ -1,4 +1,5 @@
 #pragma once
+#include "csrc/common/kth_largest.cuh"
 #include "csrc/common/order_key.h"
 #include "csrc/ops/sort_by_expert/params.h"
 #include "csrc/simt/device.cuh"
@@ -127,12 +128,7 @@ __global__ void drop_kernel(DropParams p) {
     Key last = std::numeric_limits<Key>::min();  // the lowest key that stays
     int64_t above = 0;                           // slots with a greater one
     if (end - begin > p.capacity && p.priority != nullptr && p.capacity > 0) {
-      constexpr int kBits = 8 * sizeof(Key);
-      if (count_from(0) >= p.capacity) last = 0;
-      for (int bit = kBits - 2; bit >= 0; --bit) {
-        const Key higher = last | (Key(1) << bit);
-        if (count_from(higher) >= p.capacity) last = higher;
-      }
+      last = kth_largest<Key>(p.capacity, count_from);
       above = last == std::numeric_limits<Key>::max() ? 0 : count_from(last + 1);
     } else if (p.priority == nullptr) {
       last = 0;

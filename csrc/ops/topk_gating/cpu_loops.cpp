@@ -214,7 +214,7 @@ void write_weights(const Params& p, int64_t t, const Row<A>& row, Normalizer<A> 
 template <typename T, Score S>
 void forward_rows(const Params& p, int64_t begin, int64_t end, double* room) {
   using A = acc_t<T>;
-  const int64_t size = row_room(p);
+  const int64_t size = row_room(p.num_experts, p.top_k, p.num_groups);
   const auto row_at = [&](int r) {
     return Row<A>(room + r * size, p.num_experts, p.top_k, p.num_groups, neutral<S, A>());
   };
@@ -262,6 +262,86 @@ MERGEME_INLINE void normalize_tile(const Tile& z, int top_k, Tile& shares, float
   for (int r = 0; r < kTile; ++r) sum[r] = usable_sum<S>(top[r], lanes[0][r]);
 }
 
+// lanes[k][r] = rows[r][k].
+MERGEME_INLINE void transpose_halves(const float (&rows)[kTile][kColumns], Tile& lanes) {
+  IntVector columns[kColumns];
+  transpose_tile(reinterpret_cast<const int32_t*>(rows[0]), kColumns, columns);
+#pragma GCC unroll 16
+  for (int k = 0; k < kColumns; ++k) store(lanes[k], reinterpret_cast<FloatVector>(columns[k]));
+}
+
+// The softmax's normalizer of each row of a tile, as normalizer() makes it, and the shares. Rows
+// are `width` apart, a multiple of 32, and padded with -inf.
+MERGEME_INLINE void normalize_rows(const float* z, int count, int64_t width, float* shares,
+                                   float* top, float* sum) {
+  constexpr Score S = Score::kSoftmax;
+  constexpr int kHalf = kColumns / kTile;  // vectors
+  float halves[kTile][kColumns] = {};
+  Tile lanes;
+  for (int r = 0; r < count; ++r) {
+    FloatVector most[kHalf];
+#pragma GCC unroll 4
+    for (int c = 0; c < kHalf; ++c) most[c] = broadcast(minus_infinity<float>());
+    for (int64_t e = 0; e < width; e += kColumns)
+#pragma GCC unroll 4
+      for (int c = 0; c < kHalf; ++c) {
+        const FloatVector x = ::mergeme::load(z + r * width + e + c * kTile);
+        most[c] = x > most[c] ? x : most[c];
+      }
+#pragma GCC unroll 4
+    for (int c = 0; c < kHalf; ++c) store(halves[r] + c * kTile, most[c]);
+  }
+  transpose_halves(halves, lanes);
+  fold_tile(lanes, [](float x, float y) { return y > x ? y : x; });
+  for (int r = 0; r < count; ++r) top[r] = finite_top(lanes[0][r]);
+  for (int r = 0; r < count; ++r) {
+    const float* row = z + r * width;
+    float* to = shares + r * width;
+    FloatVector sums[2 * kHalf] = {};
+    for (int64_t e = 0; e < width; e += kLanes) {
+      for (int l = 0; l < kLanes; ++l) to[e + l] = share<S>(row[e + l], top[r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * kHalf; ++c) sums[c] += ::mergeme::load(to + e + c * kTile);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kHalf; ++c) store(halves[r] + c * kTile, sums[c] + sums[c + kHalf]);
+  }
+  transpose_halves(halves, lanes);
+  fold_tile(lanes, [](float x, float y) { return x + y; });
+  for (int r = 0; r < count; ++r) sum[r] = usable_sum<S>(top[r], lanes[0][r]);
+}
+
+// limit_groups for the rows of a tile, whose groups' keys are ranked together. `room` has two keys
+// for each group of each row, padded to a multiple of 32.
+template <Score S>
+void limit_groups_of_tile(const Params& p, int count, int64_t width, const float* top,
+                          int32_t* keys, int32_t* room) {
+  const int64_t num_groups = p.num_groups, size = p.num_experts / num_groups;
+  const int64_t row_size = padded(num_groups);
+  int32_t *first = room, *second = room + kTile * row_size;
+  for (int r = 0; r < count; ++r) {
+    int32_t *a = first + r * row_size, *b = second + r * row_size;
+    for (int64_t g = 0; g < row_size; ++g) a[g] = b[g] = kTakenKey<float>;
+    for (int64_t g = 0; g < num_groups; ++g) top2_of(keys + r * width + g * size, size, a[g], b[g]);
+    if (p.group_score == GroupScore::kMax) continue;
+    const bool biased = p.bias != nullptr;
+    for (int64_t g = 0; g < row_size; ++g) a[g] = top2_key<S>(a[g], b[g], biased, top[r]);
+    for (int64_t g = num_groups; g < row_size; ++g) a[g] = kTakenKey<float>;
+  }
+  int32_t best[kColumns][kTile], chosen[kColumns][kTile];
+  select_top(first, count, row_size, static_cast<int>(p.top_groups), best, chosen);
+  int32_t* open = second;  // all bits set for the chosen groups of a row
+  for (int r = 0; r < count; ++r) {
+    for (int64_t g = 0; g < row_size; ++g) open[g] = 0;
+    for (int64_t i = 0; i < p.top_groups; ++i) open[chosen[i][r]] = -1;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      int32_t* group = keys + r * width + g * size;
+      const int32_t mask = open[g], closed = kTakenKey<float> & ~mask;
+      for (int64_t e = 0; e < size; ++e) group[e] = (group[e] & mask) | closed;
+    }
+  }
+}
+
 template <typename T>
 MERGEME_INLINE void widen(const T* from, float* to, int64_t n) {
   int64_t i = 0;
@@ -277,7 +357,7 @@ void forward_tiles(const Params& p, int64_t begin, int64_t end, double* room) {
   float* logits = reinterpret_cast<float*>(room);
   int32_t* keys = reinterpret_cast<int32_t*>(logits + kTile * width);
   float* shares = reinterpret_cast<float*>(keys + kTile * width);
-  int32_t* groups = reinterpret_cast<int32_t*>(shares + width);
+  int32_t* groups = reinterpret_cast<int32_t*>(shares + kTile * width);
   const float scale = static_cast<float>(p.scale);
   const bool normalized = S == Score::kSoftmax || p.renormalize;
   for (int64_t e = n; e < width; ++e) {
@@ -290,17 +370,16 @@ void forward_tiles(const Params& p, int64_t begin, int64_t end, double* room) {
     const int count = static_cast<int>(end - t < kTile ? end - t : kTile);
     float top[kTile] = {}, sum[kTile];
     for (int r = 0; r < kTile; ++r) sum[r] = 1;
-    for (int r = 0; r < count; ++r) {
-      float* row = logits + r * width;
-      widen(static_cast<const T*>(p.logits) + (t + r) * n, row, n);
-      if (S == Score::kSoftmax && needs_all(p)) {
-        const Normalizer<float> all = normalizer<S>(row, n, shares);
-        top[r] = all.top;
-        sum[r] = all.sum;
-      }
-      make_keys<S>(p, row, shares, sum[r], keys + r * width);
-      if (p.num_groups > 1) limit_groups<S>(p, top[r], keys + r * width, groups);
-    }
+    for (int r = 0; r < count; ++r)
+      widen(static_cast<const T*>(p.logits) + (t + r) * n, logits + r * width, n);
+    if (S == Score::kSoftmax && needs_all(p))
+      normalize_rows(logits, count, width, shares, top, sum);
+    for (int r = 0; r < count; ++r)
+      make_keys<S>(p, logits + r * width, shares + r * width, sum[r], keys + r * width);
+    if (p.num_groups > 1 && p.top_groups <= kColumns)
+      limit_groups_of_tile<S>(p, count, width, top, keys, groups);
+    else if (p.num_groups > 1)
+      for (int r = 0; r < count; ++r) limit_groups<S>(p, top[r], keys + r * width, groups);
     int32_t best[kColumns][kTile], ids[kColumns][kTile];
     select_top(keys, count, width, top_k, best, ids);
     Tile z = {}, v;
@@ -354,9 +433,10 @@ int64_t backward_rows(const BackwardParams& p, int64_t begin, int64_t end, doubl
       fold(lanes, [](A x, A y) { return x + y; });
     }
     const A s = lanes[0];
+    const A inverse = A(1) / all.sum;
     if (S == Score::kSoftmax && !p.renormalize)
       for (int64_t e = 0; e < p.num_experts; ++e)
-        out[e] = from_acc<T>(scale * (share<S>(row.logits[e], all.top) / all.sum * -s));
+        out[e] = from_acc<T>(scale * (share<S>(row.logits[e], all.top) * inverse * -s));
     else
       for (int64_t e = 0; e < p.num_experts; ++e) out[e] = from_acc<T>(A(0));
     for (int64_t k = 0; k < p.top_k; ++k) {
@@ -375,12 +455,13 @@ template <typename T, Score S>
 int64_t backward_tiles(const BackwardParams& p, int64_t begin, int64_t end, double* room) {
   const int64_t n = p.num_experts, width = padded(n);
   const int top_k = static_cast<int>(p.top_k);
-  float* logits = reinterpret_cast<float*>(room);  // of one row, where all are needed
-  float* shares = logits + width;                  // of a tile
+  float* logits = reinterpret_cast<float*>(room);  // where all are needed
+  float* shares = logits + kTile * width;
   const float scale = static_cast<float>(p.scale);
   const bool normalized = S == Score::kSoftmax || p.renormalize;
   const bool dense = S == Score::kSoftmax && !p.renormalize;
-  for (int64_t e = n; e < width; ++e) logits[e] = minus_infinity<float>();
+  for (int r = 0; r < kTile; ++r)
+    for (int64_t e = n; e < width; ++e) logits[r * width + e] = minus_infinity<float>();
   for (int64_t t = begin; t < end; t += kTile) {
     const int count = static_cast<int>(end - t < kTile ? end - t : kTile);
     const int32_t* ids = p.ids + t * top_k;
@@ -397,11 +478,9 @@ int64_t backward_tiles(const BackwardParams& p, int64_t begin, int64_t end, doub
       }
     float top[kTile] = {}, sum[kTile], s[kTile] = {};
     for (int r = 0; r < kTile; ++r) sum[r] = 1;
-    for (int r = 0; dense && r < count; ++r) {
-      widen(rows + r * n, logits, n);
-      const Normalizer<float> all = normalizer<S>(logits, n, shares + r * width);
-      top[r] = all.top;
-      sum[r] = all.sum;
+    if (dense) {
+      for (int r = 0; r < count; ++r) widen(rows + r * n, logits + r * width, n);
+      normalize_rows(logits, count, width, shares, top, sum);
     }
     if (p.renormalize) {
       normalize_tile<S>(z, top_k, v, top, sum);
@@ -432,7 +511,8 @@ int64_t backward_tiles(const BackwardParams& p, int64_t begin, int64_t end, doub
       T* row = out + r * n;
       if (dense) {
         const float* share = shares + r * width;
-        for (int64_t e = 0; e < n; ++e) row[e] = from_acc<T>(scale * (share[e] / sum[r] * -s[r]));
+        const float inverse = 1.f / sum[r], minus = -s[r];
+        for (int64_t e = 0; e < n; ++e) row[e] = from_acc<T>(scale * (share[e] * inverse * minus));
       } else {
         memset(row, 0, static_cast<size_t>(n) * sizeof(T));  // +0 in every type
       }

@@ -1,4 +1,5 @@
 #pragma once
+#include "csrc/common/kth_largest.cuh"
 #include "csrc/ops/topk_gating/params.h"
 #include "csrc/ops/topk_gating/scores.h"
 #include "csrc/simt/device.cuh"
@@ -145,11 +146,92 @@ __device__ void choose_groups(const Params& p, A top, key_t<A>* groups, At key_a
   __syncwarp();
 }
 
+// One key for each lane of a segment of kWidth lanes, a power of two; all lanes of the warp call.
+template <int kWidth, typename T>
+__device__ __forceinline__ T segment_max(T x) {
+#pragma unroll
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(simt::kFullWarp, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+// Over the segment's active lanes; adds the same pairs as normalizer() does.
+template <int kWidth, typename A>
+__device__ __forceinline__ Normalizer<A> segment_normalizer(Score score, A z, bool active) {
+  const A top = finite_top(segment_max<kWidth>(active ? level(score, z) : minus_infinity<A>()));
+  A sum = active ? share(score, z, top) : A(0);
+#pragma unroll
+  for (int step = kWidth / 2; step > 0; step /= 2)
+    sum += __shfl_xor_sync(simt::kFullWarp, sum, step);
+  return {top, usable_sum(score, top, sum)};
+}
+
+// What topk_kernel does, for at most kWidth experts without groups: a segment of kWidth lanes owns
+// a token, a lane an expert and later a slot.
+template <typename T, int kWidth>
+__global__ void topk_segment_kernel(Params p) {
+  using A = acc_t<T>;
+  using Key = key_t<A>;
+  constexpr int kTokens = 32 / kWidth;  // of a warp
+  const int lane = static_cast<int>(simt::lane_id()) % kWidth;
+  const unsigned start = simt::lane_id() - lane;
+  const int64_t warps_per_block = blockDim.x / simt::kWarpSize;
+  const int64_t step = gridDim.x * warps_per_block * kTokens;
+  const A scale = static_cast<A>(p.scale);
+  const Score score = p.score;
+  const bool softmax = score == Score::kSoftmax, is_expert = lane < p.num_experts;
+  int64_t first = (blockIdx.x * warps_per_block + simt::warp_id()) * kTokens;
+  for (; first < p.num_tokens; first += step) {  // a warp goes round together
+    const int64_t t = first + start / kWidth;
+    const bool is_token = t < p.num_tokens;
+    const T* logits = static_cast<const T*>(p.logits) + (is_token ? t : first) * p.num_experts;
+    const A z = is_expert ? to_acc(logits[lane]) : minus_infinity<A>();
+    Normalizer<A> all{A(0), A(1)};
+    if (softmax && needs_all(p)) all = segment_normalizer<kWidth>(score, z, is_expert);
+    A x = z;
+    if (p.bias != nullptr && is_expert)
+      x = (softmax ? share(score, z, all.top) * (A(1) / all.sum) : choice_score(score, z)) +
+          A(p.bias[lane]);
+    Key key = is_expert ? order_key(x) : kTakenKey<A>;
+    A mine = 0;
+    int32_t id = 0;
+    bool has_nan = false;
+    for (int k = 0; k < p.top_k; ++k) {
+      const Key best = segment_max<kWidth>(key);
+      const unsigned holders = __ballot_sync(simt::kFullWarp, key == best) >> start;
+      const int taken = __ffs(holders) - 1;  // the segment's own lanes come first and have one
+      const A picked = __shfl_sync(simt::kFullWarp, z, taken, kWidth);
+      if (lane == taken) key = kTakenKey<A>;
+      if (lane == k) {
+        id = taken;
+        mine = picked;
+      }
+      has_nan = has_nan || best == kNanKey<A>;
+    }
+    if (p.renormalize) all = segment_normalizer<kWidth>(score, mine, lane < p.top_k);
+    if (is_token && lane < p.top_k) {
+      const A w = softmax || p.renormalize ? share(score, mine, all.top) / all.sum
+                                           : lone_score(score, mine);
+      p.ids[t * p.top_k + lane] = id;
+      static_cast<A*>(p.weights)[t * p.top_k + lane] =
+          has_nan ? std::numeric_limits<A>::quiet_NaN() : w * scale;
+    }
+  }
+}
+
+inline constexpr int64_t kMaxRounds = 16;  // a slot more than this is cheaper to rank than to find
+
 // ids[t] = the top_k experts of token t by score(logits[t]) + bias, weights[t] = their scores,
 // normalised and scaled. One warp owns a token: lane l holds the keys of experts l, l + 32, ... in
-// registers, and each of top_k rounds takes the largest key left, of equal ones the lowest expert.
-// With kPerLane = 0 nothing is held: a round looks again at every expert that comes after the last
-// one taken. The lane that writes slot k is the one that reads it back, so no barrier is needed.
+// registers, or with kPerLane = 0 makes them again each time.
+//
+// Up to kMaxRounds slots: each of top_k rounds takes the largest key left, of equal ones the lowest
+// expert; with kPerLane = 0 of those that come after the last one taken. More slots: the key of
+// rank top_k splits the experts; those above it and the first that equal it are put, in the order
+// of their ids, where the weights go later, and each counts those before it.
+//
+// The lane that writes slot k is the one that reads it back, but for the ranked ids.
 template <typename T, int kPerLane>
 __global__ void topk_kernel(Params p) {
   using A = acc_t<T>;
@@ -188,36 +270,84 @@ __global__ void topk_kernel(Params p) {
       const int64_t e = lane + r * kLanes;
       keys[r] = e < p.num_experts && is_open(e) ? key_at(e) : kTakenKey<A>;
     }
-    Key last = kNanKey<A>;
-    int32_t taken = -1;
     bool has_nan = false;
-    for (int64_t k = 0; k < p.top_k; ++k) {
-      Key best = kTakenKey<A>;
-      int32_t expert = std::numeric_limits<int32_t>::max();
-      if constexpr (kPerLane > 0) {
+    if (p.top_k <= kMaxRounds) {
+      Key last = kNanKey<A>;
+      int32_t taken = -1;
+      for (int64_t k = 0; k < p.top_k; ++k) {
+        Key best = kTakenKey<A>;
+        int32_t expert = std::numeric_limits<int32_t>::max();
+        if constexpr (kPerLane > 0) {
 #pragma unroll
-        for (int r = 0; r < kPerLane; ++r)
-          if (keys[r] > best) {
-            best = keys[r];
-            expert = static_cast<int32_t>(lane) + r * kLanes;
-          }
-      } else {
-        for (int64_t e = lane; e < p.num_experts; e += kLanes) {
-          const Key key = key_at(e);
-          if (key > best && (key < last || (key == last && e > taken)) && is_open(e)) {
-            best = key;
-            expert = static_cast<int32_t>(e);
+          for (int r = 0; r < kPerLane; ++r)
+            if (keys[r] > best) {
+              best = keys[r];
+              expert = static_cast<int32_t>(lane) + r * kLanes;
+            }
+        } else {
+          for (int64_t e = lane; e < p.num_experts; e += kLanes) {
+            const Key key = key_at(e);
+            if (key > best && (key < last || (key == last && e > taken)) && is_open(e)) {
+              best = key;
+              expert = static_cast<int32_t>(e);
+            }
           }
         }
-      }
-      last = warp_max(best);
-      taken = __reduce_min_sync(simt::kFullWarp,
-                                best == last ? expert : std::numeric_limits<int32_t>::max());
+        last = warp_max(best);
+        taken = __reduce_min_sync(simt::kFullWarp,
+                                  best == last ? expert : std::numeric_limits<int32_t>::max());
 #pragma unroll
-      for (int r = 0; r < kPerLane; ++r)
-        if (lane + r * kLanes == taken) keys[r] = kTakenKey<A>;
-      if (lane == k % kLanes) ids[k] = taken;
-      has_nan = has_nan || last == kNanKey<A>;
+        for (int r = 0; r < kPerLane; ++r)
+          if (lane + r * kLanes == taken) keys[r] = kTakenKey<A>;
+        if (lane == k % kLanes) ids[k] = taken;
+        has_nan = has_nan || last == kNanKey<A>;
+      }
+    } else {
+      const auto count_from = [&](Key least) {
+        int32_t count = 0;
+        if constexpr (kPerLane > 0) {
+#pragma unroll
+          for (int r = 0; r < kPerLane; ++r) count += keys[r] >= least;
+        } else {
+          for (int64_t e = lane; e < p.num_experts; e += kLanes)
+            count += is_open(e) && key_at(e) >= least;
+        }
+        return int64_t{__reduce_add_sync(simt::kFullWarp, count)};
+      };
+      const Key last = kth_largest<Key>(p.top_k, count_from);
+      const int64_t above = last == kNanKey<A> ? 0 : count_from(last + 1);
+      has_nan = count_from(kNanKey<A>) > 0;
+      int32_t* unsorted = reinterpret_cast<int32_t*>(weights);
+      int64_t kept = 0, equal_left = p.top_k - above;
+      const unsigned below = (1u << lane) - 1;
+      const auto keep = [&](int64_t e, Key key) {
+        const unsigned equals = __ballot_sync(simt::kFullWarp, key == last);
+        const bool stays = key > last || (key == last && __popc(equals & below) < equal_left);
+        const unsigned staying = __ballot_sync(simt::kFullWarp, stays);
+        if (stays) unsorted[kept + __popc(staying & below)] = static_cast<int32_t>(e);
+        kept += __popc(staying);
+        equal_left -= __popc(equals);
+      };
+      if constexpr (kPerLane > 0) {
+#pragma unroll
+        for (int r = 0; r < kPerLane; ++r) keep(lane + r * kLanes, keys[r]);
+      } else {
+        for (int64_t first = 0; first < p.num_experts; first += kLanes) {
+          const int64_t e = first + lane;
+          keep(e, e < p.num_experts && is_open(e) ? key_at(e) : kTakenKey<A>);
+        }
+      }
+      __syncwarp();
+      for (int64_t i = lane; i < p.top_k; i += kLanes) {
+        const Key key = key_at(unsorted[i]);
+        int64_t rank = 0;
+        for (int64_t j = 0; j < p.top_k; ++j) {
+          const Key other = key_at(unsorted[j]);
+          rank += other > key || (other == key && j < i);
+        }
+        ids[rank] = unsorted[i];
+      }
+      __syncwarp();
     }
     __syncwarp();  // the groups' keys are read before the next token's are written
 
@@ -269,10 +399,11 @@ __global__ void backward_kernel(BackwardParams p) {
         s += share(score, selected(k), all.top) / all.sum * grad[k];
       s = warp_sum(s);
     }
+    const A inverse = A(1) / all.sum;
     for (int64_t e = lane; e < p.num_experts; e += kLanes) {
       A x = 0;
       if (score == Score::kSoftmax && !p.renormalize)
-        x = scale * (share(score, to_acc(logits[e]), all.top) / all.sum * -s);
+        x = scale * (share(score, to_acc(logits[e]), all.top) * inverse * -s);
       out[e] = from_acc<T>(x);
     }
     __syncwarp();

@@ -6,11 +6,11 @@
 namespace mergeme::topk_gating {
 namespace {
 
-constexpr unsigned kWarps = 4;  // tokens of a block
+constexpr unsigned kWarps = 4;  // of a block
 
-simt::LaunchConfig config(int64_t num_tokens, void* stream) {
+simt::LaunchConfig config(int64_t num_warps, void* stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;  // grid-stride kernels: more blocks bring nothing
-  return {.grid = static_cast<unsigned>(std::min(ceil_div(num_tokens, kWarps), kMaxBlocks)),
+  return {.grid = static_cast<unsigned>(std::min(ceil_div(num_warps, kWarps), kMaxBlocks)),
           .block = kWarps * simt::kWarpSize,
           .stream = stream};
 }
@@ -22,6 +22,15 @@ void run(const Params& p, void* stream) {
     if (p.num_groups > 1) c.shared_bytes = kWarps * p.num_groups * sizeof(key_t<acc_t<T>>);
     simt::launch("topk_gating", c, kernel, p);
   };
+  if (p.num_experts <= kLanes && p.num_groups == 1) {
+    const auto start_segments = [&](int64_t width, void (*kernel)(Params)) {
+      const int64_t warps = ceil_div(p.num_tokens * width, kLanes);  // tokens share a warp
+      simt::launch("topk_gating", config(warps, stream), kernel, p);
+    };
+    if (p.num_experts <= 8) return start_segments(8, topk_segment_kernel<T, 8>);
+    if (p.num_experts <= 16) return start_segments(16, topk_segment_kernel<T, 16>);
+    return start_segments(32, topk_segment_kernel<T, 32>);
+  }
   if (p.num_experts <= 2 * kLanes) return start(topk_kernel<T, 2>);
   if (p.num_experts <= 8 * kLanes) return start(topk_kernel<T, 8>);
   if (p.num_experts <= 32 * kLanes) return start(topk_kernel<T, 32>);
