@@ -2,7 +2,7 @@
 
 from mergeme_ext.moe.experts import Experts, per_expert_state_dict
 from mergeme_ext.moe.layer import MoELayer
-from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict
+from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict, parallel_parameter_names
 from mergeme_ext.moe.router import TopKRouter
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "ParallelExperts",
     "TopKRouter",
     "full_state_dict",
+    "parallel_parameter_names",
     "per_expert_state_dict",
 ]

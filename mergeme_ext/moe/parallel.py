@@ -13,7 +13,13 @@ from torch.autograd.function import once_differentiable
 from mergeme_ext.moe.experts import Experts
 from mergeme_ext.ops import grouped_experts, sort_by_expert
 
-__all__ = ["ParallelExperts", "full_state_dict", "run_parallel_experts", "split_experts"]
+__all__ = [
+    "ParallelExperts",
+    "full_state_dict",
+    "parallel_parameter_names",
+    "run_parallel_experts",
+    "split_experts",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -135,8 +141,13 @@ class ParallelExperts(Experts):
     Takes and gives what ``Experts`` does; see ``run_parallel_experts``. The parameters are those of
     this rank's experts. ``load_state_dict`` takes the state dict of the whole layer in any layout,
     of which it keeps this rank's experts, or this module's own; ``full_state_dict`` puts the whole
-    together again. Averaging the gradients of what is not divided, the router's for one, is left to
-    the caller, as is dividing the experts' by the number of ranks where the loss is a mean.
+    together again.
+
+    The experts' gradients are sums over the tokens of all ranks; what is not divided, the router
+    for one, gets this rank's only. Averaging those is left to the caller, as is dividing the
+    experts' by the number of ranks where each rank's loss is a mean. DistributedDataParallel would
+    average the experts too, as if all ranks held the same ones: have it leave out
+    ``parallel_parameter_names``.
 
     Args:
         hidden_size: H.
@@ -237,6 +248,20 @@ class ParallelExperts(Experts):
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
         return f"{super().extra_repr()}, owned={self.owned}"
+
+
+def parallel_parameter_names(module: nn.Module) -> list[str]:
+    """Return the names of ``module``'s parameters that differ from rank to rank.
+
+    For ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)``,
+    which is to be called before wrapping ``module``.
+    """
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, experts in module.named_modules()
+        if isinstance(experts, ParallelExperts)
+        for name, _ in experts.named_parameters()
+    ]
 
 
 def full_state_dict(module: nn.Module, dst: int | None = None) -> dict[str, Tensor]:
