@@ -72,8 +72,8 @@ struct PanelTask {
 inline int64_t panel_scratch_bytes(int64_t rows, int64_t depth, int64_t acc_bytes) {
   const int64_t lanes = rows * 4 / 3 + kMostRowStride;  // 16 for 14 rows, or 8 for 6
   const int64_t columns = kPanelGroup * kPanelColumns;
-  return acc_bytes *
-             (lanes * (depth + 1) + (rows + kMostRowStride) * columns + columns * kPanelDepth) +
+  return acc_bytes * (lanes * (depth + kPackedDepth) + (rows + kMostRowStride) * columns +
+                      columns * kPanelDepth) +
          4 * kMaxVectorBytes;
 }
 

@@ -12,10 +12,18 @@
 //     there is, and widened once for all blocks otherwise.
 //
 // Every c is one chain of multiply-adds over ascending k, whatever the packing, the cut into blocks
-// and panels, the number of rows or of threads: none of them changes a bit.
+// and panels, the number of rows or of threads: none of them changes a bit. In bfloat16 the sets
+// with instructions of their own for it sum in another order, which they too keep whatever the cut.
 #pragma once
+#include <type_traits>
+
 #include "csrc/common/cpu_vector.h"
 #include "csrc/common/grouped_blocks.h"
+#if defined(__AMX_BF16__)
+#include "csrc/common/grouped_tiles.h"
+#elif defined(__AVX512BF16__)
+#include "csrc/common/grouped_dots.h"
+#endif
 
 namespace mergeme {
 namespace {
@@ -29,9 +37,6 @@ constexpr int kMaxRows = 6;
 constexpr int kRowStride = 8;
 #endif
 static_assert(kVectorBytes <= kMaxVectorBytes && kMaxRows <= kRowStride);
-
-MERGEME_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MERGEME_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // ---- packed words: two k of one column in 32 bits, the even one below ------------------------
 
@@ -245,22 +250,17 @@ void pack_right(const Operand& b, int64_t panel, int64_t columns, int64_t k, int
 
 // Steps [k, k + depth) of a packed panel (all its columns), widened; k is even.
 template <typename T>
-void widen_panel(const T* panel, int64_t k, int64_t depth, acc_t<T>* out) {
-  using Acc = acc_t<T>;
-  constexpr int64_t kWidth = kLanes<Acc>;
-  if constexpr (!kPaired<T>) {
-    memcpy(out, panel + k * kPanelColumns, size_t(depth * kPanelColumns) * sizeof(T));
-  } else {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(panel) + k / 2 * kPanelColumns;
-    for (int64_t i = 0; i < depth; i += 2, words += kPanelColumns) {
-      for (int64_t j = 0; j < kPanelColumns; j += kWidth) {
-        BitsVector pair;
-        memcpy(&pair, words + j, sizeof pair);
-        FloatVector even, odd;
-        split_pair<T>(pair, even, odd);
-        store(out + i * kPanelColumns + j, even);
-        if (i + 1 < depth) store(out + (i + 1) * kPanelColumns + j, odd);
-      }
+void widen_panel(const T* panel, int64_t k, int64_t depth, float* out) {
+  constexpr int64_t kWidth = kLanes<float>;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(panel) + k / 2 * kPanelColumns;
+  for (int64_t i = 0; i < depth; i += 2, words += kPanelColumns) {
+    for (int64_t j = 0; j < kPanelColumns; j += kWidth) {
+      BitsVector pair;
+      memcpy(&pair, words + j, sizeof pair);
+      FloatVector even, odd;
+      split_pair<T>(pair, even, odd);
+      store(out + i * kPanelColumns + j, even);
+      if (i + 1 < depth) store(out + (i + 1) * kPanelColumns + j, odd);
     }
   }
 }
@@ -271,7 +271,8 @@ void widen_panel(const T* panel, int64_t k, int64_t depth, acc_t<T>* out) {
 // panel: c holds the sums of rows [row, row + rows) (counted from the task's first) and the panel's
 // 32 columns.
 template <typename T, typename Epilogue>
-MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilogue epilogue) {
+MERGEME_INLINE void multiply_panels_by_vectors(const PanelTask& task, void* scratch,
+                                               Epilogue epilogue) {
   using Acc = acc_t<T>;
   const int64_t depth = task.depth, blocks = (task.rows + kMaxRows - 1) / kMaxRows;
   const int64_t even_depth = round_up(depth, 2), left_size = even_depth * kRowStride;
@@ -301,18 +302,22 @@ MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilog
     }
     for (int64_t k = 0; !done && (k < depth || k == 0); k += kPanelDepth) {
       const int64_t some = smaller(kPanelDepth, depth - k);
+      const Acc* panels[kGroup];
       for (int64_t j = 0; j < count; ++j) {
         Acc* to = right + j * kPanelDepth * kPanelColumns;
-        if (task.packed)
-          widen_panel(static_cast<const T*>(task.packed) + (p + j) * panel_size, k, some, to);
-        else
+        const T* packed = static_cast<const T*>(task.packed) + (p + j) * panel_size;
+        panels[j] = to;
+        if (!task.packed)
           pack_right<T>(task.b, p + j, task.columns, k, some, to);
+        else if constexpr (kPaired<T>)
+          widen_panel(packed, k, some, to);
+        else
+          panels[j] = packed + k * kPanelColumns;
       }
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = first_row(i), rows = first_row(i + 1) - m;
         for (int64_t j = 0; j < count; ++j)
-          multiply_panel(rows, left + i * left_size + k * kRowStride,
-                         right + j * kPanelDepth * kPanelColumns, some,
+          multiply_panel(rows, left + i * left_size + k * kRowStride, panels[j], some,
                          c + m * ldc + j * kPanelColumns, ldc, k == 0);
       }
     }
@@ -322,6 +327,20 @@ MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilog
         epilogue(m, first_row(i + 1) - m, p + j, c + m * ldc + j * kPanelColumns, ldc);
       }
   }
+}
+
+template <typename T, typename Epilogue>
+MERGEME_INLINE void multiply_panels(const PanelTask& task, void* scratch, Epilogue epilogue) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bfloat16_t>)
+    multiply_panels_by_tiles(task, scratch, epilogue);
+  else
+#elif defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bfloat16_t>)
+    multiply_panels_by_dots(task, scratch, epilogue);
+  else
+#endif
+    multiply_panels_by_vectors<T>(task, scratch, epilogue);
 }
 
 // An epilogue: out[row, panel's columns] = c, rounded to Out.

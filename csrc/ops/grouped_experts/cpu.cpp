@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "csrc/ops/grouped_experts/cpu_forward.h"
+#include "csrc/ops/grouped_matmul/cpu_matrix.h"
 
 namespace mergeme::grouped_experts {
 namespace {
@@ -83,7 +84,7 @@ void forward(const at::Tensor& x, const Weights& weights, const Routing& routing
       task.product.b = {.data = const_element(weights.gate_up, p.expert * 2 * i * h),
                         .ld = h,
                         .columns = {.gated_up = i}};
-    MERGEME_CALL_LOOPS(gate_up, task, scratch);
+    MERGEME_CALL_MATRIX(gate_up, task, scratch);
   });
   const auto down = plan_tasks(routing.boundaries, ceil_div(h, kPanelColumns), i);
   for_each_task(down, scratch_for(down, i, x), [&](const PlannedTask& p, void* scratch) {
@@ -98,7 +99,7 @@ void forward(const at::Tensor& x, const Weights& weights, const Routing& routing
       task.packed = const_element(weights.down, p.expert * weights.down.stride(0));
     else
       task.b = {.data = const_element(weights.down, p.expert * h * i), .ld = i};
-    MERGEME_CALL_LOOPS(multiply, task, element(expert_out, p.row * h), h, true, scratch);
+    grouped_matmul::multiply(task, element(expert_out, p.row * h), h, true, scratch);
   });
   combine_rows(expert_out, routing, true, out);
 }
@@ -178,7 +179,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_cpu_backward(
         .kind = kind};
     task.product.a = from_row(grad_rows, p.row, false);
     task.product.b = {.data = const_element(w_out, p.expert * h * i), .ld = i, .across = true};
-    MERGEME_CALL_LOOPS(activation_backward, task, scratch);
+    MERGEME_CALL_MATRIX(activation_backward, task, scratch);
   });
   if (output_mask[3]) {
     dispatch_floating(dtype, [&]<typename T>() {
@@ -209,7 +210,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_cpu_backward(
       task.first_row = p.row - boundaries[p.expert];
       task.a = left(begin);
       task.b = right(begin);
-      MERGEME_CALL_LOOPS(multiply, task, element(out, p.row * columns), columns, false, scratch);
+      grouped_matmul::multiply(task, element(out, p.row * columns), columns, false, scratch);
     });
   };
   const auto own_rows = [&](const at::Tensor& rows, int64_t row, bool across) {
@@ -231,7 +232,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_cpu_backward(
       PanelTask task = product(p, h, 2 * i);
       task.a = own_rows(grad_pair, p.row, false);
       task.b = {.data = const_element(w_in, p.expert * 2 * i * h), .ld = h, .across = true};
-      MERGEME_CALL_LOOPS(multiply, task, element(by_row, p.row * h), h, true, scratch);
+      grouped_matmul::multiply(task, element(by_row, p.row * h), h, true, scratch);
     });
     combine_rows(by_row, routing, false, grad_x);
   }

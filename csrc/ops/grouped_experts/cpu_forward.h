@@ -2,6 +2,7 @@
 #pragma once
 #include "csrc/ops/grouped_experts/checks.h"
 #include "csrc/ops/grouped_experts/cpu_loops.h"
+#include "csrc/ops/grouped_experts/cpu_matrix.h"
 
 namespace mergeme::grouped_experts {
 

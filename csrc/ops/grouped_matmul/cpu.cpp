@@ -1,7 +1,7 @@
 #include <cstring>
 
 #include "csrc/ops/grouped_matmul/checks.h"
-#include "csrc/ops/grouped_matmul/cpu_loops.h"
+#include "csrc/ops/grouped_matmul/cpu_matrix.h"
 
 namespace mergeme::grouped_matmul {
 namespace {
@@ -52,7 +52,7 @@ at::Tensor run_cpu(const at::Tensor& a, const at::Tensor& b, const at::Tensor& e
       task.a = {.data = address(left, p.row * k), .ld = k};
       task.b = {.data = address(right, p.expert * n * k), .ld = kNt ? k : n, .across = !kNt};
     }
-    MERGEME_CALL_LOOPS(multiply, task, out_ptr + p.row * n * out.element_size(), n, scratch);
+    multiply(task, out_ptr + p.row * n * out.element_size(), n, false, scratch);
   });
   return out;
 }

@@ -38,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor> run_cpu(const at::Tensor& logits,
                  .group_score = groups.score,
                  .renormalize = renormalize};
   at::parallel_for(0, p.num_tokens, grain(p.num_experts), [&](int64_t begin, int64_t end) {
-    std::vector<double> room(kRows * row_room(p));
+    std::vector<double> room(room_size(p));
     MERGEME_CALL_LOOPS(forward, p, begin, end, room.data());
   });
   return {ids, weights};
@@ -63,7 +63,7 @@ at::Tensor run_cpu_backward(const at::Tensor& grad, const at::Tensor& logits,
                          .score = kind,
                          .renormalize = renormalize};
   at::parallel_for(0, p.num_tokens, grain(p.num_experts), [&](int64_t begin, int64_t end) {
-    std::vector<double> room(kRows * row_room(p));
+    std::vector<double> room(room_size(p));
     const int64_t bad = MERGEME_CALL_LOOPS(backward, p, begin, end, room.data());
     TORCH_CHECK_INDEX(bad < 0, kBackwardOp, ": expected topk_ids in [0, ", p.num_experts, "), got ",
                       p.ids[bad], " at [", bad / p.top_k, ", ", bad % p.top_k, "]");

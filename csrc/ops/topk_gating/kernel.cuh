@@ -163,11 +163,12 @@ __global__ void topk_kernel(Params p) {
     const auto logit = [&](int64_t e) { return to_acc(logits[e]); };
     Normalizer<A> all{A(0), A(1)};
     if (softmax && needs_all(p)) all = normalizer<A>(score, p.num_experts, logit);
+    const A inverse = A(1) / all.sum;
     // Without a bias the logits' order is the scores', without the ties that rounding makes.
     const auto key_at = [&](int64_t e) {
       A x = logit(e);
       if (p.bias != nullptr)
-        x = (softmax ? share(score, x, all.top) / all.sum : lone_score(score, x)) + A(p.bias[e]);
+        x = (softmax ? share(score, x, all.top) * inverse : lone_score(score, x)) + A(p.bias[e]);
       return order_key(x);
     };
     const int64_t group_size = p.num_experts / p.num_groups;
