@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mergeme_ext.moe.experts import Experts
-from mergeme_ext.ops import grouped_experts, sort_by_expert
+from mergeme_ext.moe.experts import Experts, multiply_experts
+from mergeme_ext.ops import sort_by_expert
 
 __all__ = [
     "ParallelExperts",
@@ -51,6 +51,7 @@ def run_parallel_experts(
     sentinel: bool = False,
     capacity: int | None = None,
     priority: Tensor | None = None,
+    cache: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return what ``run_experts`` returns, with each rank's tokens sent to the experts' ranks.
@@ -73,6 +74,7 @@ def run_parallel_experts(
             do not travel. None for all.
         priority: [T, K], float32 or float64: which choices it takes, the greatest; None for the
             first.
+        cache: See ``multiply_experts``.
         group: None for the default group. Any backend with all-to-all; gloo and NCCL among them.
 
     Returns:
@@ -127,9 +129,15 @@ def run_parallel_experts(
     plan = _Plan(counts, received, group)
     ids = _exchange(local_ids, plan)
     rows, weights = _Exchange.apply(plan, rows, weights)
-    metadata = sort_by_expert(ids[:, None], experts_per_rank[rank])
-    outputs = grouped_experts(
-        rows, gate_up_proj, down_proj, weights[:, None], *metadata, activation=activation
+    routing = sort_by_expert(ids[:, None], experts_per_rank[rank])
+    outputs = multiply_experts(
+        rows,
+        gate_up_proj,
+        down_proj,
+        weights[:, None],
+        routing,
+        activation=activation,
+        cache=cache,
     )
     (outputs,) = _Exchange.apply(plan.back(), outputs)
     return _ToTokens.apply(outputs, slots, inverse, top_k)
@@ -242,6 +250,7 @@ class ParallelExperts(Experts):
             sentinel=sentinel,
             capacity=capacity,
             priority=priority,
+            cache=not self.training,
             group=self.group,
         )
 

@@ -14,6 +14,7 @@ from mergeme_ext.moe import (
     parallel_parameter_names,
     per_expert_state_dict,
 )
+from mergeme_ext.moe.packed import packed_copies
 from mergeme_ext.moe.parallel import split_experts
 from python_tests.support.ranks import Failure, Ranks
 
@@ -169,6 +170,25 @@ def test_dropped_choices_do_not_travel_and_add_nothing(ranks, limits, by_weight)
     for name in (3, 4):  # the experts' gradients: a sum over the ranks
         got = torch.cat([result[name] for result in results])
         torch.testing.assert_close(got, sum(w[name] for w in expected), rtol=1e-4, atol=1e-4)
+
+
+def infer_on_rank(state, x, ids, weights):
+    experts = ParallelExperts(H, INNER, 5, dtype=x.dtype).eval()
+    experts.load_state_dict(state)
+    with torch.no_grad():
+        found = [experts(x, ids, weights) for _ in range(2)]
+    return *found, len(packed_copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_with_packed_copies(ranks, dtype):
+    state = weights_of(5, dtype)
+    batches = [tokens_of(t, 5, 2, dtype, seed=t) for t in (9, 0, 4)[: ranks.world_size]]
+    trained = ranks.run(run_on_rank, [(state, None, 5, *b) for b in batches])
+    results = ranks.run(infer_on_rank, [(state, *b[:3]) for b in batches])
+    for (first, again, copies), (expected, *_) in zip(results, trained, strict=True):
+        assert torch.equal(first, expected) and torch.equal(again, expected)
+        assert copies == 2
 
 
 def layers_on_rank(x, seed):
