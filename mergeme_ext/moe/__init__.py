@@ -7,7 +7,7 @@ from mergeme_ext.moe.losses import (
     pooled_load_balancing_loss,
     router_z_loss,
 )
-from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict
+from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict, parallel_parameter_names
 from mergeme_ext.moe.router import TopKRouter
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TopKRouter",
     "full_state_dict",
     "load_balancing_loss",
+    "parallel_parameter_names",
     "per_expert_state_dict",
     "pooled_load_balancing_loss",
     "router_z_loss",

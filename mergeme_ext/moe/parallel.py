@@ -10,10 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mergeme_ext.moe.experts import Experts
-from mergeme_ext.ops import grouped_experts, sort_by_expert
+from mergeme_ext.moe.experts import Experts, multiply_experts
+from mergeme_ext.ops import sort_by_expert
 
-__all__ = ["ParallelExperts", "full_state_dict", "run_parallel_experts", "split_experts"]
+__all__ = [
+    "ParallelExperts",
+    "full_state_dict",
+    "parallel_parameter_names",
+    "run_parallel_experts",
+    "split_experts",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,6 +51,7 @@ def run_parallel_experts(
     sentinel: bool = False,
     capacity: int | None = None,
     priority: Tensor | None = None,
+    cache: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return what ``run_experts`` returns, with each rank's tokens sent to the experts' ranks.
@@ -67,6 +74,7 @@ def run_parallel_experts(
             do not travel. None for all.
         priority: [T, K], float32 or float64: which choices it takes, the greatest; None for the
             first.
+        cache: See ``multiply_experts``.
         group: None for the default group. Any backend with all-to-all; gloo and NCCL among them.
 
     Returns:
@@ -121,9 +129,15 @@ def run_parallel_experts(
     plan = _Plan(counts, received, group)
     ids = _exchange(local_ids, plan)
     rows, weights = _Exchange.apply(plan, rows, weights)
-    metadata = sort_by_expert(ids[:, None], experts_per_rank[rank])
-    outputs = grouped_experts(
-        rows, gate_up_proj, down_proj, weights[:, None], *metadata, activation=activation
+    routing = sort_by_expert(ids[:, None], experts_per_rank[rank])
+    outputs = multiply_experts(
+        rows,
+        gate_up_proj,
+        down_proj,
+        weights[:, None],
+        routing,
+        activation=activation,
+        cache=cache,
     )
     (outputs,) = _Exchange.apply(plan.back(), outputs)
     return _ToTokens.apply(outputs, slots, inverse, top_k)
@@ -135,8 +149,13 @@ class ParallelExperts(Experts):
     Takes and gives what ``Experts`` does; see ``run_parallel_experts``. The parameters are those of
     this rank's experts. ``load_state_dict`` takes the state dict of the whole layer in any layout,
     of which it keeps this rank's experts, or this module's own; ``full_state_dict`` puts the whole
-    together again. Averaging the gradients of what is not divided, the router's for one, is left to
-    the caller, as is dividing the experts' by the number of ranks where the loss is a mean.
+    together again.
+
+    The experts' gradients are sums over the tokens of all ranks; what is not divided, the router
+    for one, gets this rank's only. Averaging those is left to the caller, as is dividing the
+    experts' by the number of ranks where each rank's loss is a mean. DistributedDataParallel would
+    average the experts too, as if all ranks held the same ones: have it leave out
+    ``parallel_parameter_names``.
 
     Args:
         hidden_size: H.
@@ -231,12 +250,27 @@ class ParallelExperts(Experts):
             sentinel=sentinel,
             capacity=capacity,
             priority=priority,
+            cache=not self.training,
             group=self.group,
         )
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
         return f"{super().extra_repr()}, owned={self.owned}"
+
+
+def parallel_parameter_names(module: nn.Module) -> list[str]:
+    """Return the names of ``module``'s parameters that differ from rank to rank.
+
+    For ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)``,
+    which is to be called before wrapping ``module``.
+    """
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, experts in module.named_modules()
+        if isinstance(experts, ParallelExperts)
+        for name, _ in experts.named_parameters()
+    ]
 
 
 def full_state_dict(module: nn.Module, dst: int | None = None) -> dict[str, Tensor]:
