@@ -110,7 +110,7 @@ class Packed(Contender):
         import mergeme_ext.ops as ops
 
         if not hasattr(ops, "packed_experts"):
-            raise Missing("this build of mergeme_ext has no packed_experts")
+            raise RuntimeError("this build of mergeme_ext has no packed_experts")
         self._ops = ops
         self._gate_up = ops.pack_experts(weights.gate_up, gated=True)
         self._down = ops.pack_experts(weights.down)
