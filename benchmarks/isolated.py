@@ -58,8 +58,8 @@ class Local:
     def first(self, sample: list[int], expert: int) -> tuple[float, list]:
         """Run the call once; return its seconds and the part of its results that is checked.
 
-        Of forward, the tokens of ``sample``; of training, the gradients of these tokens, of some rows
-        of the two weights of ``expert``, and of the tokens' mixing weights.
+        Of forward, the tokens of ``sample``; of training, the gradients of these tokens, of some
+        rows of the two weights of ``expert``, and of the tokens' mixing weights.
         """
         started = time.perf_counter()
         results = self._call()
