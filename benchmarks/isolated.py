@@ -20,6 +20,8 @@ __all__ = ["Local", "Remote", "runner"]
 
 # A process that says nothing for this long hangs; loading the largest weights takes a minute.
 ANSWER_SECONDS = 300
+# Left to everything else when weights are loaded.
+SPARE_BYTES = 1 << 30
 
 
 class Local:
@@ -48,6 +50,7 @@ class Local:
         shape, dtype = SHAPES[case.shape], getattr(torch, case.dtype)
         if self._loaded != key:
             self.release()
+            check_memory(self._contender.copies * shape.weights * dtype.itemsize)
             self._contender.load(self._weights_of(shape, dtype), case.threads)
             self._loaded = key
         inputs = make_inputs(shape, dtype, case.routing, case.tokens)
@@ -164,6 +167,19 @@ class Remote:
                 self._process.join()
             self._process = None
         self._log.unlink(missing_ok=True)
+
+
+def check_memory(needed: int) -> None:
+    """Raise RuntimeError where the system has less memory to give than ``needed`` bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    if needed and needed > free - SPARE_BYTES:
+        raise RuntimeError(
+            f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+        )
 
 
 def _kind(case: Case) -> tuple:

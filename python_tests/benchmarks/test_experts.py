@@ -10,7 +10,14 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from benchmarks import bench_experts, experts_contenders, harness, report_experts, roofline
+from benchmarks import (
+    bench_experts,
+    experts_contenders,
+    harness,
+    isolated,
+    report_experts,
+    roofline,
+)
 from benchmarks.experts_contenders import Grouped, Missing
 from benchmarks.isolated import Remote
 from benchmarks.moe_cases import (
@@ -115,6 +122,13 @@ def test_slow_calls_are_left_out():
     arguments = ("--contenders", "torch_grouped_mm", "--call-seconds", "1e-9")
     first, second = run("--tokens", "1,4096", *arguments)
     assert "best_s" in first and second["missing"].startswith("left out: about")
+
+
+def test_memory_is_asked_for_first(monkeypatch):
+    monkeypatch.setattr(isolated, "SPARE_BYTES", 1 << 60)
+    packed, grouped = run("--tokens", "5", "--contenders", "packed_experts,torch_grouped_mm")
+    assert packed["missing"].startswith("needs 0.0 GiB of memory") and packed["failed"]
+    assert "best_s" in grouped  # shares the weights that are there
 
 
 def test_gathered_weights_are_refused():
