@@ -1,0 +1,177 @@
+// Device code that builds and reads the list of row tiles. Torch-free.
+#pragma once
+#include "csrc/common/grouped_plan.h"
+#include "csrc/simt/device.cuh"
+#include "csrc/simt/launch.h"
+
+namespace mergeme::grouped {
+
+struct PlanParams {
+  Plan plan;                      // plan_bytes() bytes; null to check only
+  int32_t* tokens;                // [num_rows] or null: row -> token, -1 for rows of no expert
+  const int32_t* expert_offsets;  // [E + 1], non-decreasing from 0 to at most num_rows
+  const int32_t* permutation;     // [num_rows] or null: row -> slot
+  const int32_t* inverse;         // [num_rows] or null: slot -> row
+  int64_t num_rows;
+  int64_t num_experts;  // E, at least 1
+  int64_t top_k;        // slots of a token
+  int64_t height;       // rows of a tile
+  bool list_rest;       // list the rows of no expert too
+};
+
+inline constexpr int kPlanThreads = 128;
+
+// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all.
+__device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, int32_t& total) {
+  const int lane = simt::lane_id(), warp = simt::warp_id();
+  constexpr int kWarps = kPlanThreads / 32;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int32_t other = __shfl_up_sync(simt::kFullWarp, value, distance);
+    if (lane >= distance) value += other;
+  }
+  __syncthreads();  // shared may still be read from last time
+  if (lane == 31) shared[warp] = value;
+  __syncthreads();
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) value += total;
+    total += shared[w];
+  }
+  return value;
+}
+
+// Checks every index that later kernels follow blindly, writes `tokens`, and builds the list. Block
+// 0 owns the list: its threads own one group each, 128 at a time; every tile belongs to one group
+// and its lane, so plain stores do. The rows are dealt to all blocks.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.num_rows; i += step) {
+    if (p.inverse != nullptr) {
+      const int64_t row = p.inverse[i];
+      MERGEME_DEVICE_ASSERT(0 <= row && row < p.num_rows);  // inverse
+    }
+    if (p.permutation == nullptr) continue;
+    const int32_t slot = p.permutation[i];
+    MERGEME_DEVICE_ASSERT(0 <= slot && slot < p.num_rows);  // permutation
+    if (p.tokens != nullptr)
+      p.tokens[i] = i < p.expert_offsets[p.num_experts] ? slot / static_cast<int32_t>(p.top_k) : -1;
+  }
+  if (blockIdx.x > 0) return;
+  MERGEME_DEVICE_ASSERT(p.expert_offsets[0] == 0);
+  MERGEME_DEVICE_ASSERT(p.expert_offsets[p.num_experts] <= p.num_rows);
+  int32_t* shared = simt::dynamic_shared<int32_t>();  // [kThreads / 32 + 3 * kThreads]
+  int32_t* begins = shared + kThreads / 32;
+  int32_t *ends = begins + kThreads, *firsts = ends + kThreads;
+  int32_t before = 0;
+  for (int64_t g0 = 0; g0 <= p.num_experts; g0 += kThreads) {
+    const int64_t e = g0 + threadIdx.x;
+    int64_t begin = 0, end = 0;
+    if (e < p.num_experts) {
+      MERGEME_DEVICE_ASSERT(p.expert_offsets[e] <= p.expert_offsets[e + 1]);
+      begin = p.expert_offsets[e];
+      end = p.expert_offsets[e + 1];
+    } else if (e == p.num_experts && p.list_rest) {
+      begin = p.expert_offsets[e];
+      end = p.num_rows;
+    }
+    if (p.plan == nullptr) continue;  // the same for all threads
+    const auto count = static_cast<int32_t>(ceil_div(end - begin, p.height));
+    int32_t total;
+    const int32_t first = before + scan_block(shared, count, total) - count;
+    begins[threadIdx.x] = static_cast<int32_t>(begin);
+    ends[threadIdx.x] = static_cast<int32_t>(end);
+    firsts[threadIdx.x] = first;
+    before += total;
+    __syncthreads();
+    for (int g = simt::warp_id(); g < kThreads; g += kThreads / 32) {
+      const GroupTile tile{static_cast<int32_t>(g0 + g), begins[g], ends[g], firsts[g]};
+      const auto tiles = static_cast<int32_t>(ceil_div(tile.end - tile.begin, p.height));
+      for (int32_t i = simt::lane_id(); i < tiles; i += 32) p.plan[1 + tile.first + i] = tile;
+    }
+    __syncthreads();  // all have read
+  }
+  if (p.plan != nullptr && threadIdx.x == 0) p.plan[0].first = before;
+}
+
+inline void launch_plan(const PlanParams& p, void* stream) {
+  constexpr int64_t kRowsOfBlock = 8 * kPlanThreads, kMaxBlocks = 1024;
+  const int64_t blocks = ceil_div(p.permutation != nullptr ? p.num_rows : 1, kRowsOfBlock);
+  simt::launch("grouped plan",
+               {.grid = static_cast<unsigned>(blocks < 1            ? 1
+                                              : blocks > kMaxBlocks ? kMaxBlocks
+                                                                    : blocks),
+                .block = kPlanThreads,
+                .shared_bytes = (kPlanThreads / 32 + 3 * kPlanThreads) * sizeof(int32_t),
+                .stream = stream},
+               plan_kernel<kPlanThreads>, p);
+}
+
+// One tile of a product: rows [row, end) of a group, at most `height` of them, from `column` on.
+struct Tile {
+  int32_t group;
+  int32_t row;
+  int32_t end;
+  int64_t column;
+};
+
+// Order of a group's [row_tiles, column_tiles] grid: 8 columns of tiles at a time, row after row,
+// so that the tiles alive at one moment share both their rows of a and their part of b.
+MERGEME_HD void locate(int number, int row_tiles, int column_tiles, int& row, int& column) {
+  const int band = 8 * row_tiles, first = number / band * 8;
+  const int width = column_tiles - first < 8 ? column_tiles - first : 8;
+  const int rest = number - first * row_tiles;
+  row = rest / width;
+  column = first + rest % width;
+}
+
+// Calls run(tile) for this block's share of the planned row tiles times column_tiles, group by
+// group: blocks stride over all tiles, so the grid may have any number of blocks. The same for all
+// threads of a block. Numbers of tiles have 32 bits: see checked_tiles().
+template <typename Run>
+__device__ __forceinline__ void for_each_row_tile(const GroupTile* plan, int height,
+                                                  int column_tiles, int width, Run run) {
+  const int count = plan[0].first * column_tiles;
+  for (int number = blockIdx.x; number < count; number += gridDim.x) {
+    const GroupTile t = plan[1 + number / column_tiles];
+    int row, column;
+    locate(number - t.first * column_tiles, (t.end - t.begin + height - 1) / height, column_tiles,
+           row, column);
+    run(Tile{t.group, t.begin + row * height, t.end, int64_t{column} * width});
+  }
+}
+
+// The same for products with one matrix of row_tiles x column_tiles for each expert; `row` is its
+// row, and begin and end are the rows that are summed over.
+struct SumTile {
+  int32_t expert;
+  int32_t begin;
+  int32_t end;
+  int64_t row;
+  int64_t column;
+};
+template <typename Run>
+__device__ __forceinline__ void for_each_sum_tile(const int32_t* expert_offsets, int num_experts,
+                                                  int row_tiles, int column_tiles, int height,
+                                                  int width, Run run) {
+  const int tiles = row_tiles * column_tiles, count = num_experts * tiles;
+  for (int number = blockIdx.x; number < count; number += gridDim.x) {
+    const int expert = number / tiles;
+    int row, column;
+    locate(number - expert * tiles, row_tiles, column_tiles, row, column);
+    run(SumTile{expert, expert_offsets[expert], expert_offsets[expert + 1], int64_t{row} * height,
+                int64_t{column} * width});
+  }
+}
+
+// The number of tiles, which kernels count in 32 bits with room for one more stride of any grid.
+// More than that, each with its results, would not fit any memory.
+inline int64_t checked_tiles(const char* op, int64_t tiles) {
+  if (tiles > (int64_t{1} << 30))
+    throw std::runtime_error(std::string(op) + ": expected at most 2^30 tiles, got " +
+                             std::to_string(tiles));
+  return tiles;
+}
+
+}  // namespace mergeme::grouped
