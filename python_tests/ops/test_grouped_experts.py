@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +23,12 @@ CASES = {
     "no-hidden": ([2, 2], 2, 0, 4),
     "no-intermediate": ([2, 2], 2, 4, 0),
 }
+
+
+def run(backend, *args, **options):
+    """The op as its wrapper calls it: saves what the backward needs if one will follow."""
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in args[:4])
+    return backend.op(OP)(*args, save=save, **options)[0]
 
 
 def route(counts, top_k, seed=0):
@@ -69,7 +77,7 @@ def check(out, args):
 @pytest.mark.parametrize("case", CASES)
 def test_matches_reference(backend, case, dtype):
     args = make(*CASES[case], dtype, backend.device)
-    check(backend.op(OP)(*args), args)
+    check(run(backend, *args), args)
 
 
 def misaligned(t):
@@ -81,20 +89,20 @@ def misaligned(t):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_and_misaligned_inputs(backend, dtype):
     args = make([5, 13], 2, 16, 24, dtype, backend.device)
-    expected = backend.op(OP)(*args)
+    expected = run(backend, *args)
     strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in args[:4]]
     strided += [torch.stack([t, t], 1)[:, 0] for t in args[4:]]
     assert not any(t.is_contiguous() for t in strided)
-    assert torch.equal(backend.op(OP)(*strided), expected)
+    assert torch.equal(run(backend, *strided), expected)
     moved = (*(misaligned(t) for t in args[:4]), *args[4:])  # may take another kernel: other bits
-    check(backend.op(OP)(*moved), moved)
+    check(run(backend, *moved), moved)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_gates(backend):
     x, gate_up, down, *rest = make([6, 8], 2, 8, 16, torch.float32, backend.device)
     args = (x * 60, gate_up * 60, down, *rest)  # silu saturates on both sides
-    check(backend.op(OP)(*args), args)
+    check(run(backend, *args), args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,7 +110,7 @@ def test_extreme_gates(backend):
 def test_nan_stays_in_its_token(backend, dtype):
     x, *rest = make([6, 8], 2, 16, 8, dtype, backend.device)
     x[3, 5] = float("nan")
-    out = backend.op(OP)(x, *rest)
+    out = run(backend, x, *rest)
     assert out[3].isnan().all() and out.isnan().sum() == out.shape[1]
 
 
@@ -112,8 +120,12 @@ def test_registration_and_gradient(backend):
     torch.library.opcheck(backend.op(OP), args)
     args = (*(t.requires_grad_() for t in args[:4]), *args[4:])
     torch.library.opcheck(backend.op(OP), args)
-    torch.autograd.gradcheck(backend.op(OP), args)
-    torch.autograd.gradgradcheck(backend.op(OP), args)
+    torch.library.opcheck(backend.op(OP), args, {"save": True})
+    torch.autograd.gradcheck(partial(run, backend), args)
+    torch.autograd.gradcheck(lambda *a: backend.op(OP)(*a)[0], args)  # nothing saved
+    first = torch.autograd.grad(run(backend, *args).sum(), args[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(first[0].sum(), args[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,7 +139,7 @@ def test_gradient_is_as_good_as_eager(backend, dtype):
 
     args = make([9, 0, 16, 7], 2, 24, 16, dtype, backend.device)
     exact = gradients(eager, [t.double() for t in args[:4]] + list(args[4:]))
-    ours, theirs = gradients(backend.op(OP), args), gradients(eager, args)
+    ours, theirs = gradients(partial(run, backend), args), gradients(eager, args)
     for mine, right, other in zip(ours, exact, theirs, strict=True):
         assert mine.dtype == other.dtype
         assert_as_good_as_eager(mine, right.cpu(), other)
@@ -137,7 +149,7 @@ def test_gradient_is_as_good_as_eager(backend, dtype):
 def test_gradient_of_one_argument(needed):
     args = make([2, 0, 4], 2, 3, 4, torch.float64)
     args[needed].requires_grad_()
-    (one,) = torch.autograd.grad(CPU.op(OP)(*args).sum(), args[needed])
+    (one,) = torch.autograd.grad(run(CPU, *args).sum(), args[needed])
     (right,) = torch.autograd.grad(eager(*args).sum(), args[needed])
     torch.testing.assert_close(one, right)
 
@@ -172,7 +184,7 @@ def test_rejects_bad_input(backend, name, spoil, error, message):
     args = dict(zip(NAMES, make([2, 4], 2, 4, 3, torch.float32), strict=True))
     args[name] = spoil(args[name])
     with pytest.raises(error, match=f"mergeme::{OP}: .*{message}"):
-        backend.op(OP)(*args.values())
+        run(backend, *args.values())
 
 
 BAD_VALUES = [
@@ -188,9 +200,9 @@ def test_rejects_routing_out_of_range(name, values, error, message, asserted):
     args = dict(zip(NAMES, make([2, 4], 2, 4, 3, torch.float32), strict=True))
     args[name] = torch.tensor(values, dtype=torch.int32)
     with pytest.raises(error, match=f"expected {name} .*{message}"):
-        CPU.op(OP)(*args.values())
+        run(CPU, *args.values())
     with pytest.raises(RuntimeError, match=f"device assert: .*{asserted}"):
-        SIMT.op(OP)(*args.values())
+        run(SIMT, *args.values())
 
 
 @settings(max_examples=30)
@@ -205,7 +217,7 @@ def test_rejects_routing_out_of_range(name, values, error, message, asserted):
 def test_any_shape_matches_reference(counts, top_k, hidden, intermediate, dtype, seed):
     counts[0] += -sum(counts) % top_k
     args = make(counts, top_k, hidden, intermediate, dtype, seed=seed)
-    check(CPU.op(OP)(*args), args)
+    check(run(CPU, *args), args)
 
 
 @pytest.mark.parametrize("backend", [CPU, SIMT])
@@ -213,8 +225,8 @@ def test_any_shape_matches_reference(counts, top_k, hidden, intermediate, dtype,
 @given(counts=st.lists(st.integers(0, 9), min_size=2, max_size=4), seed=st.integers(0, 2**31))
 def test_doubled_weights_double_the_result(backend, counts, seed):
     x, gate_up, down, weights, *routing = make(counts, 1, 8, 5, torch.float32, seed=seed)
-    once = backend.op(OP)(x, gate_up, down, weights, *routing)
-    twice = backend.op(OP)(x, gate_up, down, 2 * weights, *routing)
+    once = run(backend, x, gate_up, down, weights, *routing)
+    twice = run(backend, x, gate_up, down, 2 * weights, *routing)
     assert torch.equal(twice, 2 * once)  # a power of two commutes with every rounding
 
 
@@ -226,7 +238,7 @@ def test_threads_change_no_bit(dtype):
         results = []
         for n in (1, 2, 3, 7):
             torch.set_num_threads(n)
-            results.append(CPU.op(OP)(*args))
+            results.append(run(CPU, *args))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(r, results[0]) for r in results)
@@ -236,16 +248,16 @@ def test_threads_change_no_bit(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thread_order_changes_no_bit(schedule, dtype):
     args = make([3, 71], 2, 40, 24, dtype)
-    expected = SIMT.op(OP)(*args)
+    expected = run(SIMT, *args)
     with schedule:
-        assert torch.equal(SIMT.op(OP)(*args), expected)
+        assert torch.equal(run(SIMT, *args), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [CPU, SIMT])
 def test_compiles(backend):
     def step(*args):
-        return backend.op(OP)(*args).relu().sum()
+        return run(backend, *args).relu().sum()
 
     args = make([2, 0, 4], 2, 8, 6, torch.float32)
     results = []

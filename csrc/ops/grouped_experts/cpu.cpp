@@ -1,4 +1,4 @@
-#include "csrc/ops/grouped_experts/checks.h"
+#include "csrc/ops/grouped_experts/composed.h"
 #include "csrc/ops/grouped_experts/cpu_loops.h"
 
 namespace mergeme::grouped_experts {
@@ -21,10 +21,18 @@ const char* const_element(const at::Tensor& t, int64_t i) {
   return static_cast<const char*>(t.const_data_ptr()) + i * t.element_size();
 }
 
-at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
-                   const at::Tensor& topk_weights, const at::Tensor& expert_offsets,
-                   const at::Tensor& permutation, const at::Tensor& inverse) {
-  check(x, gate_up, down, topk_weights, expert_offsets, permutation, inverse);
+std::tuple<at::Tensor, at::Tensor> run_cpu(const at::Tensor& x, const at::Tensor& gate_up,
+                                           const at::Tensor& down, const at::Tensor& topk_weights,
+                                           const at::Tensor& expert_offsets,
+                                           const at::Tensor& permutation, const at::Tensor& inverse,
+                                           std::string_view activation_name, bool save) {
+  check(kOp, x, gate_up, down, topk_weights, expert_offsets, permutation, inverse);
+  const Activation kind = activation_of(kOp, activation_name);
+  TORCH_CHECK_NOT_IMPLEMENTED(kind == Activation::kSilu, kOp, ": ", activation_name);
+  const at::Tensor preactivation =
+      save ? grouped_matmul("nt", x.index_select(0, tokens_of(permutation, topk_weights.size(1))),
+                            gate_up, expert_offsets)
+           : at::empty({0, gate_up.size(1)}, x.options());
   const at::Tensor tokens = x.contiguous(), w_in = gate_up.contiguous(), w_out = down.contiguous();
   const at::Tensor weights = topk_weights.contiguous(), offsets = expert_offsets.contiguous();
   const at::Tensor slots = permutation.contiguous(), rows = inverse.contiguous();
@@ -82,11 +90,26 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& gate_up, const at::Ten
   at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
     MERGEME_CALL_LOOPS(combine, task, begin, end);
   });
-  return out;
+  return {out, preactivation};
+}
+
+auto run_cpu_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gate_up,
+                      const at::Tensor& down, const at::Tensor& topk_weights,
+                      const at::Tensor& expert_offsets, const at::Tensor& permutation,
+                      const at::Tensor& inverse, const at::Tensor& preactivation,
+                      std::string_view activation, std::array<bool, 4> output_mask) {
+  check(kBackwardOp, x, gate_up, down, topk_weights, expert_offsets, permutation, inverse);
+  check_backward(grad, x, gate_up, topk_weights, preactivation);
+  return composed_backward(grad, x, gate_up, down, topk_weights, expert_offsets, permutation,
+                           inverse, preactivation, activation_of(kBackwardOp, activation),
+                           output_mask);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mergeme, CPU, m) { m.impl("grouped_experts", run_cpu); }
+TORCH_LIBRARY_IMPL(mergeme, CPU, m) {
+  m.impl("grouped_experts", run_cpu);
+  m.impl("grouped_experts_backward", run_cpu_backward);
+}
 
 }  // namespace mergeme::grouped_experts
