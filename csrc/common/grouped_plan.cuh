@@ -7,16 +7,16 @@
 namespace mergeme::grouped {
 
 struct PlanParams {
-  Plan plan;                      // plan_bytes() bytes; null to check only
-  int32_t* tokens;                // [num_rows] or null: row -> token, -1 for rows of no expert
-  const int32_t* expert_offsets;  // [E + 1], non-decreasing from 0 to at most num_rows
-  const int32_t* permutation;     // [num_rows] or null: row -> slot
-  const int32_t* inverse;         // [num_rows] or null: slot -> row
-  int64_t num_rows;
-  int64_t num_experts;  // E, at least 1
-  int64_t top_k;        // slots of a token
-  int64_t height;       // rows of a tile
-  bool list_rest;       // list the rows of no expert too
+  Plan plan = nullptr;                      // plan_bytes() bytes; null to check only
+  int32_t* tokens = nullptr;                // [num_rows]: row -> token, -1 for rows of no expert
+  const int32_t* expert_offsets = nullptr;  // [E + 1], non-decreasing from 0 to at most num_rows
+  const int32_t* permutation = nullptr;     // [num_rows] or null: row -> slot
+  const int32_t* inverse = nullptr;         // [num_rows] or null: slot -> row
+  int64_t num_rows = 0;
+  int64_t num_experts = 0;  // E, at least 1
+  int64_t top_k = 1;        // slots of a token
+  int64_t height = 1;       // rows of a tile
+  bool list_rest = false;   // list the rows of no expert too
 };
 
 inline constexpr int kPlanThreads = 128;
@@ -41,9 +41,10 @@ __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, in
   return value;
 }
 
-// Checks every index that later kernels follow blindly, writes `tokens`, and builds the list. Block
-// 0 owns the list: its threads own one group each, 128 at a time; every tile belongs to one group
-// and its lane, so plain stores do. The rows are dealt to all blocks.
+// Checks every index that later kernels follow blindly, writes `tokens` where there is a
+// permutation, and builds the list. Block 0 owns the list: its threads own one group each, 128 at a
+// time; every tile belongs to one group and its lane, so plain stores do. The rows are dealt to all
+// blocks.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -55,8 +56,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
     if (p.permutation == nullptr) continue;
     const int32_t slot = p.permutation[i];
     MERGEME_DEVICE_ASSERT(0 <= slot && slot < p.num_rows);  // permutation
-    if (p.tokens != nullptr)
-      p.tokens[i] = i < p.expert_offsets[p.num_experts] ? slot / static_cast<int32_t>(p.top_k) : -1;
+    p.tokens[i] = i < p.expert_offsets[p.num_experts] ? slot / static_cast<int32_t>(p.top_k) : -1;
   }
   if (blockIdx.x > 0) return;
   MERGEME_DEVICE_ASSERT(p.expert_offsets[0] == 0);
@@ -113,7 +113,7 @@ struct Tile {
   int32_t group;
   int32_t row;
   int32_t end;
-  int64_t column;
+  int32_t column;
 };
 
 // Order of a group's [row_tiles, column_tiles] grid: 8 columns of tiles at a time, row after row,
@@ -126,52 +126,72 @@ MERGEME_HD void locate(int number, int row_tiles, int column_tiles, int& row, in
   column = first + rest % width;
 }
 
-// Calls run(tile) for this block's share of the planned row tiles times column_tiles, group by
-// group: blocks stride over all tiles, so the grid may have any number of blocks. The same for all
-// threads of a block. Numbers of tiles have 32 bits: see checked_tiles().
+// Calls run(tile) for this block's share of the planned rows times the columns, group by group:
+// blocks stride over all tiles, so there may be any number of them. The same for all threads of a
+// block.
 template <typename Run>
-__device__ __forceinline__ void for_each_row_tile(const GroupTile* plan, int height,
-                                                  int column_tiles, int width, Run run) {
-  const int count = plan[0].first * column_tiles;
-  for (int number = blockIdx.x; number < count; number += gridDim.x) {
-    const GroupTile t = plan[1 + number / column_tiles];
+__device__ __forceinline__ void for_each_row_tile(const GroupTile* plan, const TileGrid& grid,
+                                                  int height, int width, Run run) {
+  for (int number = blockIdx.x; number < plan[0].first * grid.column_tiles; number += gridDim.x) {
+    const GroupTile t = plan[1 + number / grid.column_tiles];
     int row, column;
-    locate(number - t.first * column_tiles, (t.end - t.begin + height - 1) / height, column_tiles,
-           row, column);
-    run(Tile{t.group, t.begin + row * height, t.end, int64_t{column} * width});
+    locate(number - t.first * grid.column_tiles, (t.end - t.begin + height - 1) / height,
+           grid.column_tiles, row, column);
+    run(Tile{t.group, t.begin + row * height, t.end, column * width});
   }
 }
 
-// The same for products with one matrix of row_tiles x column_tiles for each expert; `row` is its
-// row, and begin and end are the rows that are summed over.
+// The same for products with one matrix of results for each expert; `row` is its row, and begin and
+// end are the rows that are summed over.
 struct SumTile {
   int32_t expert;
   int32_t begin;
   int32_t end;
-  int64_t row;
-  int64_t column;
+  int32_t row;
+  int32_t column;
 };
 template <typename Run>
-__device__ __forceinline__ void for_each_sum_tile(const int32_t* expert_offsets, int num_experts,
-                                                  int row_tiles, int column_tiles, int height,
-                                                  int width, Run run) {
-  const int tiles = row_tiles * column_tiles, count = num_experts * tiles;
-  for (int number = blockIdx.x; number < count; number += gridDim.x) {
-    const int expert = number / tiles;
+__device__ __forceinline__ void for_each_sum_tile(const int32_t* expert_offsets,
+                                                  const TileGrid& grid, int height, int width,
+                                                  Run run) {
+  for (int number = blockIdx.x; number < grid.count; number += gridDim.x) {
+    const int expert = number / grid.matrix_tiles;
     int row, column;
-    locate(number - expert * tiles, row_tiles, column_tiles, row, column);
-    run(SumTile{expert, expert_offsets[expert], expert_offsets[expert + 1], int64_t{row} * height,
-                int64_t{column} * width});
+    locate(number - expert * grid.matrix_tiles, grid.row_tiles, grid.column_tiles, row, column);
+    run(SumTile{expert, expert_offsets[expert], expert_offsets[expert + 1], row * height,
+                column * width});
   }
 }
 
-// The number of tiles, which kernels count in 32 bits with room for one more stride of any grid.
-// More than that, each with its results, would not fit any memory.
-inline int64_t checked_tiles(const char* op, int64_t tiles) {
-  if (tiles > (int64_t{1} << 30))
+// Kernels count tiles, and the rows and columns of one matrix, in 32 bits with room for one more
+// stride of any grid. More than that would not fit any memory.
+inline TileGrid checked_grid(const char* op, int64_t matrices, int64_t row_tiles,
+                             int64_t column_tiles) {
+  const int64_t count = matrices * row_tiles * column_tiles;
+  if (count > (int64_t{1} << 30) || column_tiles > (int64_t{1} << 23))
     throw std::runtime_error(std::string(op) + ": expected at most 2^30 tiles, got " +
-                             std::to_string(tiles));
-  return tiles;
+                             std::to_string(matrices) + " x " + std::to_string(row_tiles) + " x " +
+                             std::to_string(column_tiles));
+  return {static_cast<int32_t>(row_tiles), static_cast<int32_t>(column_tiles),
+          static_cast<int32_t>(row_tiles * column_tiles), static_cast<int32_t>(count)};
+}
+
+// Launches a kernel whose blocks stride over the tiles of params.grid.
+template <auto kKernel, typename Params>
+void launch_tiles(const char* name, const simt::LaunchConfig& config, const Params& params) {
+  simt::launch_resident<kKernel>(name, config, params.grid.count, params);
+}
+
+// Planned rows, and columns in tiles of `width`.
+inline TileGrid row_grid(const char* op, int64_t rows, int64_t num_experts, int64_t height,
+                         int64_t columns, int64_t width) {
+  return checked_grid(op, 1, max_row_tiles(rows, num_experts, height), ceil_div(columns, width));
+}
+
+// One [rows, columns] matrix for each expert.
+inline TileGrid sum_grid(const char* op, int64_t num_experts, int64_t rows, int64_t height,
+                         int64_t columns, int64_t width) {
+  return checked_grid(op, num_experts, ceil_div(rows, height), ceil_div(columns, width));
 }
 
 }  // namespace mergeme::grouped

@@ -32,4 +32,12 @@ inline int64_t plan_bytes(int64_t rows, int64_t num_experts) {
   return (max_row_tiles(rows, num_experts, kSmallestTile) + 1) * int64_t{sizeof(GroupTile)};
 }
 
+// The tiles of a launch, counted by the host: kernels short of registers read them where they lie.
+struct TileGrid {
+  int32_t row_tiles;  // of one matrix, where there is one for each expert
+  int32_t column_tiles;
+  int32_t matrix_tiles;  // row_tiles * column_tiles
+  int32_t count;         // of all; an upper bound where rows are planned
+};
+
 }  // namespace mergeme::grouped

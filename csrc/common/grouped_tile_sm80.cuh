@@ -28,7 +28,8 @@ struct Shape {
   static constexpr int kStages = kRows == 128 || kRows == 16 ? 4 : 3;
   static constexpr int kLeftBytes = kRows * kDepth * 2;
   static constexpr int kStageBytes = kLeftBytes + kColumns * kDepth * 2;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kRingBytes + 32;  // and a tile's place
   // Two warps along the rows and two along the columns, or all four along the columns.
   static constexpr int kWarpsDown = kRows >= 64 ? 2 : 1;
   static constexpr int kWarpRows = kRows / kWarpsDown;
@@ -36,7 +37,7 @@ struct Shape {
   static constexpr int kI = kWarpRows / 16;    // mma tiles of a warp along the rows
   static constexpr int kJ = kWarpColumns / 8;  // and along the columns
   static_assert(kRows == 16 || kRows == 32 || kRows == 64 || kRows == 128);
-  static_assert(kRows * kColumns * 4 <= kSharedBytes);  // the sums pass through it
+  static_assert(kRows * kColumns * 4 <= kRingBytes);  // the sums pass through it
 
   using Sums = float[kI][kJ][4];
 
@@ -58,6 +59,13 @@ void dispatch_height(int64_t rows, int64_t num_experts, F&& fn) {
   if (twice <= 32) return fn.template operator()<32>();
   if (twice <= 64) return fn.template operator()<64>();
   fn.template operator()<128>();
+}
+
+// One register less than 64 bits, and one wide multiply-add for each address: rows of an operand
+// have at most kMaxDepth elements.
+template <typename T>
+MERGEME_HD uint32_t bytes_of_row(int64_t row) {
+  return static_cast<uint32_t>(row * int64_t{sizeof(T)});
 }
 
 // An operand whose memory runs along the reduction: its stage is [kSide rows, kDepth / 8 chunks]. A
@@ -88,49 +96,53 @@ struct DepthFirst {
     return row < count ? (count - row + kSpread - 1) / kSpread : 0;
   }
 
-  // Rows `first` to first + 16 kCount - 1 as the left operand, at reduction steps 16 * part.
+  // Where in a stage this lane's part of a row of matrices begins, `first` being the warp's first
+  // row, as the left and as the right operand.
+  __device__ static __forceinline__ int base_a(int first) {
+    return place(first + simt::lane_id() % 16, simt::lane_id() / 16);
+  }
+  __device__ static __forceinline__ int base_b(int first) {
+    return place(first + simt::lane_id() % 8 + simt::lane_id() / 16 * 8, simt::lane_id() / 8 % 2);
+  }
+  // Loads 16 kCount rows at reduction steps 16 * part; `base` includes the stage's offset, a
+  // multiple of 128. The two chunks of a part lie an XOR away from those of part 0.
   template <int kCount>
-  __device__ static __forceinline__ void load_a(const char* stage, int first, int part,
-                                                uint32_t (&a)[kCount][4]) {
-    const int lane = simt::lane_id();
-    const char* from = stage + place(first + lane % 16, 2 * part + lane / 16);
+  __device__ static __forceinline__ void load_a(const char* shared, int base, int part,
+                                                uint32_t (&to)[kCount][4]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      simt::ldmatrix_x4(a[i], from + i * (16 * kChunks * kChunkBytes));
+      simt::ldmatrix_x4(
+          to[i], shared + (base ^ 2 * part * kChunkBytes) + i * (16 * kChunks * kChunkBytes));
   }
-  // The same as the right operand.
   template <int kCount>
-  __device__ static __forceinline__ void load_b(const char* stage, int first, int part,
-                                                uint32_t (&b)[kCount][4]) {
-    const int lane = simt::lane_id();
-    const char* from = stage + place(first + lane % 8 + lane / 16 * 8, 2 * part + lane / 8 % 2);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      simt::ldmatrix_x4(b[j], from + j * (16 * kChunks * kChunkBytes));
+  __device__ static __forceinline__ void load_b(const char* shared, int base, int part,
+                                                uint32_t (&to)[kCount][4]) {
+    load_a(shared, base, part, to);
   }
 };
 
-// Such an operand with evenly spaced rows: the thread's rows begin at `from` and lie `spacing`
-// elements apart. The first `count` of them exist.
-template <typename T, int kSide, int kDepth>
+// Such an operand with evenly spaced rows of `row` elements: the thread's rows begin at `from` and
+// lie kApart rows apart. The first `count` of them exist.
+template <typename T, int kSide, int kDepth, int kApart = DepthFirst<T, kSide, kDepth>::kSpread>
 class EvenRows : public DepthFirst<T, kSide, kDepth> {
  public:
-  __device__ __forceinline__ EvenRows(int depth, const T* from, int64_t spacing, int count)
-      : spacing_(spacing), count_(count), left_(depth - this->own_step()) {
-    from_ = from + (count > 0 ? this->own_step() : 0);
+  __device__ __forceinline__ EvenRows(int depth, const T* from, int64_t row, int count)
+      : row_bytes_(bytes_of_row<T>(row)), count_(count), left_(depth - this->own_step()) {
+    from_ = reinterpret_cast<const char*>(from + (count > 0 ? this->own_step() : 0));
   }
   // Begins the copy of the next kDepth steps, zeros past the end of rows and reduction.
   __device__ __forceinline__ void copy(char* stage) {
 #pragma unroll
     for (int i = 0; i < this->kPasses; ++i)
-      simt::cp_async_16(stage + this->own_place(i), from_ + i * spacing_, i < count_ && left_ > 0);
-    from_ += kDepth;
+      simt::cp_async_16(stage + this->own_place(i), from_ + uint64_t{row_bytes_} * (i * kApart),
+                        i < count_ && left_ > 0);
+    from_ += kDepth * sizeof(T);
     left_ -= kDepth;
   }
 
  private:
-  const T* from_;
-  int64_t spacing_;
+  const char* from_;
+  uint32_t row_bytes_;
   int count_;
   int left_;  // reduction steps from this thread's chunk to the end
 };
@@ -176,78 +188,97 @@ struct DepthLast {
     return place(own_step(), threadIdx.x % kChunks) + pass * (kSpread * kChunks * kChunkBytes);
   }
 
-  template <int kCount>
-  __device__ static __forceinline__ void load_a(const char* stage, int first, int part,
-                                                uint32_t (&a)[kCount][4]) {
-    const int lane = simt::lane_id(), step = 16 * part + lane % 8 + lane / 16 * 8;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      simt::ldmatrix_x4_trans(a[i], stage + place(step, first / 8 + 2 * i + lane / 8 % 2));
+  // As those of DepthFirst, `first` being a multiple of 64 or no more than 32 rows being loaded:
+  // here 16 rows on lie an XOR away.
+  __device__ static __forceinline__ int base_a(int first) {
+    const int lane = simt::lane_id();
+    return place(lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2);
+  }
+  __device__ static __forceinline__ int base_b(int first) {
+    return place(simt::lane_id() % 16, first / 8 + simt::lane_id() / 16);
   }
   template <int kCount>
-  __device__ static __forceinline__ void load_b(const char* stage, int first, int part,
-                                                uint32_t (&b)[kCount][4]) {
-    const int lane = simt::lane_id(), step = 16 * part + lane % 16;
+  __device__ static __forceinline__ void load_a(const char* shared, int base, int part,
+                                                uint32_t (&to)[kCount][4]) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      simt::ldmatrix_x4_trans(b[j], stage + place(step, first / 8 + 2 * j + lane / 16));
+    for (int i = 0; i < kCount; ++i)
+      simt::ldmatrix_x4_trans(
+          to[i], shared + (base ^ 2 * i * kChunkBytes) + part * (16 * kChunks * kChunkBytes));
+  }
+  template <int kCount>
+  __device__ static __forceinline__ void load_b(const char* shared, int base, int part,
+                                                uint32_t (&to)[kCount][4]) {
+    load_a(shared, base, part, to);
   }
 };
 
-// Such an operand with evenly spaced steps. `from` is the tile's first row at the start of the
-// reduction; `count` rows exist from there on.
+// Such an operand with evenly spaced steps of `step` elements. `from` is the tile's first row at
+// the start of the reduction; `count` rows exist from there on.
 template <typename T, int kDepth>
 class EvenSteps : public DepthLast {
  public:
-  __device__ __forceinline__ EvenSteps(int depth, const T* from, int64_t ld, int count) : ld_(ld) {
+  __device__ __forceinline__ EvenSteps(int depth, const T* from, int64_t step, int count)
+      : row_bytes_(bytes_of_row<T>(step)) {
     left_ = own_row() < count ? depth - own_step() : 0;
-    from_ = from + (left_ > 0 ? own_step() * ld + own_row() : 0);
+    from_ = reinterpret_cast<const char*>(from + (left_ > 0 ? own_step() * step + own_row() : 0));
   }
   __device__ __forceinline__ void copy(char* stage) {
 #pragma unroll
     for (int i = 0; i < kDepth / kSpread; ++i)
-      simt::cp_async_16(stage + own_place(i), from_ + kSpread * i * ld_, kSpread * i < left_);
-    from_ += kDepth * ld_;
+      simt::cp_async_16(stage + own_place(i), from_ + uint64_t{row_bytes_} * (i * kSpread),
+                        kSpread * i < left_);
+    from_ += uint64_t{row_bytes_} * kDepth;
     left_ -= kDepth;
   }
 
  private:
-  const T* from_;
-  int64_t ld_;
+  const char* from_;
+  uint32_t row_bytes_;
   int left_;  // reduction steps from this thread's first to the end; none if it has no rows
 };
 
-// Such an operand whose step s is row index[s] of a matrix. The indices of a stage are read one
-// stage ahead, so that their latency is covered by a stage of products.
+// Such an operand whose steps are rows of a matrix in any order: those that the `depth` indices
+// before index[end] name. The indices of a stage are read one stage ahead, so that their latency is
+// covered by a stage of products, one by each lane: the 16 lanes that copy a step share them.
 template <typename T, int kDepth>
 class AnySteps : public DepthLast {
  public:
-  __device__ __forceinline__ AnySteps(int depth, const T* from, const int32_t* index, int64_t ld,
-                                      int count)
-      : from_(from + (own_row() < count ? own_row() : 0)), index_(index + own_step()), ld_(ld) {
-    left_ = own_row() < count ? depth - own_step() : 0;
-    read();
+  __device__ __forceinline__ AnySteps(int depth, const T* from, const int32_t* index, int end,
+                                      int64_t row, int count)
+      : exists_(own_row() < count),
+        left_(depth - own_step()),
+        index_(index),
+        end_(end),
+        row_bytes_(bytes_of_row<T>(row)) {
+    from_ = reinterpret_cast<const char*>(from + (exists_ ? own_row() : 0));
+    if (depth > 0) read();
   }
   __device__ __forceinline__ void copy(char* stage) {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i)
-      simt::cp_async_16(stage + own_place(i), from_ + next_[i] * ld_, kSpread * i < left_);
-    index_ += kDepth;
+    for (int i = 0; i < kPasses; ++i) {
+      const uint32_t row = __shfl_sync(simt::kFullWarp, next_, i, kChunks);
+      simt::cp_async_16(stage + own_place(i), from_ + uint64_t{row} * row_bytes_,
+                        exists_ && kSpread * i < left_);
+    }
     left_ -= kDepth;
     read();
   }
 
  private:
   static constexpr int kPasses = kDepth / kSpread;
+  static_assert(kPasses <= kChunks);
+  // Past the end the last index again, so that no branch stands between copies and products.
   __device__ __forceinline__ void read() {
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) next_[i] = kSpread * i < left_ ? index_[kSpread * i] : 0;
+    const int place = threadIdx.x % kPasses * kSpread - left_;
+    next_ = static_cast<uint32_t>(index_[end_ + (place < 0 ? place : -1)]);
   }
-  const T* from_;
+  bool exists_;
+  int left_;  // reduction steps from this thread's next to the end
+  const char* from_;
   const int32_t* index_;
-  int64_t ld_;
-  int left_;
-  int32_t next_[kPasses];
+  int end_;
+  uint32_t row_bytes_;
+  uint32_t next_;
 };
 
 // Steps through the stages of the ring.
@@ -256,12 +287,13 @@ struct Ring {
   int at;  // byte offset of the stage
   __device__ __forceinline__ void next() {
     at += Shape::kStageBytes;
-    if (at == Shape::kSharedBytes) at = 0;
+    if (at == Shape::kRingBytes) at = 0;
   }
 };
 
 // sum[i][j] are the mma results (see mma.cuh) of rows 16 i and columns 8 j of the warp's part. All
-// threads of the block call this together, with shared memory free; on return it is free again.
+// threads of the block call this together, with shared memory free; they pass a barrier, and on
+// return it is free again.
 template <typename T, typename Shape, typename A, typename B>
 __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& b,
                                               typename Shape::Sums& sum) {
@@ -273,14 +305,15 @@ __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& 
 #pragma unroll
       for (int l = 0; l < 4; ++l) sum[i][j][l] = 0;
   const int steps = (depth + Shape::kDepth - 1) / Shape::kDepth;
-  if (steps == 0) return;
-  // One group of copies for every step, empty past the end, so that waiting can count groups.
+  if (steps == 0) {
+    __syncthreads();
+    return;
+  }
+  // One group of copies for every step, so that waiting can count groups; past the end of zeros.
   Ring<Shape> copied{0}, loaded{0};
-  const auto copy = [&](int step) {
-    if (step < steps) {
-      a.copy(shared + copied.at);
-      b.copy(shared + copied.at + Shape::kLeftBytes);
-    }
+  const auto copy = [&] {
+    a.copy(shared + copied.at);
+    b.copy(shared + copied.at + Shape::kLeftBytes);
     simt::cp_async_commit();
     copied.next();
   };
@@ -289,14 +322,15 @@ __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& 
     uint32_t a[kI][4];      // rows 16 i to 16 i + 15
     uint32_t b[kJ / 2][4];  // columns 16 j to 16 j + 7 in the first two, the next 8 in the others
   } fragments[2];
+  const int base_a = A::base_a(Shape::warp_row());
+  const int base_b = Shape::kLeftBytes + B::base_b(Shape::warp_column());
   const auto load = [&](int part) {
-    A::load_a(shared + loaded.at, Shape::warp_row(), part, fragments[part % 2].a);
-    B::load_b(shared + loaded.at + Shape::kLeftBytes, Shape::warp_column(), part,
-              fragments[part % 2].b);
+    A::load_a(shared, loaded.at + base_a, part, fragments[part % 2].a);
+    B::load_b(shared, loaded.at + base_b, part, fragments[part % 2].b);
   };
 
 #pragma unroll
-  for (int step = 0; step < Shape::kStages - 1; ++step) copy(step);
+  for (int step = 0; step < Shape::kStages - 1; ++step) copy();
   simt::cp_async_wait<Shape::kStages - 2>();
   __syncthreads();
   load(0);
@@ -312,7 +346,7 @@ __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& 
         load(0);  // past the last step this reads an old stage, and nothing uses it
       }
       // Into the stage that all left at the last barrier.
-      if (part == 0) copy(step + Shape::kStages - 1);
+      if (part == 0) copy();
 #pragma unroll
       for (int i = 0; i < kI; ++i)
 #pragma unroll
@@ -333,7 +367,7 @@ class Staged {
  public:
   static constexpr int kPerChunk = kChunkBytes / int(sizeof(Out));
   static constexpr int kChunks = kColumns / kPerChunk;
-  static_assert(Shape::kRows * kColumns * int(sizeof(Out)) <= Shape::kSharedBytes);
+  static_assert(Shape::kRows * kColumns * int(sizeof(Out)) <= Shape::kRingBytes);
 
   struct alignas(kChunkBytes) Chunk {
     Out values[kPerChunk];
@@ -396,6 +430,15 @@ class Staged {
   char* shared_;
 };
 
+// A tile's place, in shared memory while its products take all registers; to be read after them.
+template <typename Shape, typename T>
+__device__ __forceinline__ const T* keep(char* shared, const T& tile) {
+  static_assert(sizeof(T) <= Shape::kSharedBytes - Shape::kRingBytes);
+  T* kept = reinterpret_cast<T*>(shared + Shape::kRingBytes);
+  if (threadIdx.x == 0) *kept = tile;
+  return kept;
+}
+
 // One tile of out[m, n] = sum_k a[m, k] b[e, n, k] (kNt) or ... b[e, k, n] for the rows m of expert
 // e; a is [M, k], out [M, n]. Zeros for the rows of no expert.
 template <typename Shape, bool kNt, typename T, typename Out>
@@ -410,14 +453,14 @@ __device__ __forceinline__ void multiply_rows(char* shared, const Tile& tile, co
   const int rows = clamp_left(tile.end - tile.row, Shape::kRows);
   const int columns = clamp_left(n - tile.column, kColumns);
   const int row = Left::own_row();
-  Left left(depth, a + (tile.row + (row < rows ? row : 0)) * k, Left::kSpread * k,
-            Left::own_count(rows));
+  const Tile* kept = keep<Shape>(shared, tile);
+  Left left(depth, a + (tile.row + (row < rows ? row : 0)) * k, k, Left::own_count(rows));
   typename Shape::Sums sum;
   if constexpr (kNt) {
     using Right = EvenRows<T, kColumns, kDepth>;
     const int column = Right::own_row();
-    Right right(depth, b + (expert * n + tile.column + (column < columns ? column : 0)) * k,
-                Right::kSpread * k, Right::own_count(columns));
+    Right right(depth, b + (expert * n + tile.column + (column < columns ? column : 0)) * k, k,
+                Right::own_count(columns));
     multiply_tile<T, Shape>(shared, depth, left, right, sum);
   } else {
     EvenSteps<T, kDepth> right(depth, b + expert * k * n + tile.column, n, columns);
@@ -425,7 +468,10 @@ __device__ __forceinline__ void multiply_rows(char* shared, const Tile& tile, co
   }
   const Staged<Out, Shape> staged(shared, sum);
   __syncthreads();
-  staged.copy_out(out + tile.row * n + tile.column, n, rows, columns);
+  const Tile place = *kept;
+  staged.copy_out(out + place.row * n + place.column, n,
+                  clamp_left(place.end - place.row, Shape::kRows),
+                  clamp_left(n - place.column, kColumns));
   __syncthreads();  // shared memory is free for the next tile
 }
 
@@ -440,11 +486,15 @@ __device__ __forceinline__ void multiply_sums(char* shared, const SumTile& tile,
   const int depth = tile.end - tile.begin;
   auto left = make_left(depth, rows);
   auto right = make_right(depth, columns);
+  const SumTile* kept = keep<Shape>(shared, tile);
   typename Shape::Sums sum;
   multiply_tile<T, Shape>(shared, depth, left, right, sum);
   const Staged<T, Shape> staged(shared, sum);
   __syncthreads();
-  staged.copy_out(out + (tile.expert * n1 + tile.row) * n2 + tile.column, n2, rows, columns);
+  const SumTile place = *kept;
+  staged.copy_out(out + (place.expert * n1 + place.row) * n2 + place.column, n2,
+                  clamp_left(n1 - place.row, Shape::kRows),
+                  clamp_left(n2 - place.column, kColumns));
   __syncthreads();  // shared memory is free for the next tile
 }
 

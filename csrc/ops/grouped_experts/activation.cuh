@@ -27,8 +27,8 @@ __device__ __forceinline__ Acc activate(Acc x, Acc& slope) {
     constexpr Acc scale = std::numbers::sqrt2_v<Acc> * std::numbers::inv_sqrtpi_v<Acc>;
     constexpr Acc cubic = Acc(0.044715);
     const Acc square = x * x, tanh = std::tanh(scale * x * (one + cubic * square));
-    slope = half * (one + tanh) +
-            half * x * (one - tanh * tanh) * (scale * (one + 3 * cubic * square));
+    slope =
+        half * (one + tanh) + half * x * (one - tanh * tanh) * (scale * (one + 3 * cubic * square));
     return half * x * (one + tanh);
   }
 }

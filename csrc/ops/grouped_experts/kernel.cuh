@@ -34,62 +34,61 @@ __global__ void __launch_bounds__(grouped::kTileThreads) gate_up_kernel(Params p
   constexpr int kWidth = kTile / 2;
   auto& shared = *simt::dynamic_shared<GatherShared<T>>();
   const int64_t width = p.intermediate;
-  grouped::for_each_row_tile(
-      p.plan, kTile, static_cast<int>(ceil_div(width, kWidth)), kWidth,
-      [&](const grouped::Tile& tile) {
-        const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
-        const int columns = grouped::clamp_left(width - tile.column, kWidth);
-        const bool owned = tile.group < p.num_experts;
-        gather_rows(shared, static_cast<const T*>(p.x), p.tokens + tile.row, p.hidden,
-                    owned ? rows : 0);
-        const T* gate = static_cast<const T*>(p.gate_up) +
-                        ((owned ? tile.group : 0) * 2 * width + tile.column) * p.hidden;
-        const T* up = gate + width * p.hidden;
-        Acc sum[8][8];
-        grouped::multiply_tile<true, true>(
-            shared.tile, owned ? p.hidden : 0,
-            [&](int i, int64_t k) {
-              const T* row = shared.rows[i];
-              return row ? to_acc(row[k]) : Acc{0};
-            },
-            [&](int j, int64_t k) {
-              const T* from = j < kWidth ? gate : up;
-              return j % kWidth < columns ? to_acc(from[j % kWidth * p.hidden + k]) : Acc{0};
-            },
-            sum);
-        T* activation = static_cast<T*>(p.activation) + tile.row * width + tile.column;
-        T* saved = static_cast<T*>(p.preactivation);
-        if (saved) saved += tile.row * 2 * width + tile.column;
-        dispatch_activation(p.kind, [&]<Activation kKind>() {
+  grouped::for_each_row_tile(p.plan, p.grid, kTile, kWidth, [&](const grouped::Tile& tile) {
+    const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
+    const int columns = grouped::clamp_left(width - tile.column, kWidth);
+    const bool owned = tile.group < p.num_experts;
+    gather_rows(shared, static_cast<const T*>(p.x), p.tokens + tile.row, p.hidden,
+                owned ? rows : 0);
+    const T* gate = static_cast<const T*>(p.gate_up) +
+                    ((owned ? tile.group : 0) * 2 * width + tile.column) * p.hidden;
+    const T* up = gate + width * p.hidden;
+    Acc sum[8][8];
+    grouped::multiply_tile<true, true>(
+        shared.tile, owned ? p.hidden : 0,
+        [&](int i, int64_t k) {
+          const T* row = shared.rows[i];
+          return row ? to_acc(row[k]) : Acc{0};
+        },
+        [&](int j, int64_t k) {
+          const T* from = j < kWidth ? gate : up;
+          return j % kWidth < columns ? to_acc(from[j % kWidth * p.hidden + k]) : Acc{0};
+        },
+        sum);
+    T* activation = static_cast<T*>(p.activation) + tile.row * width + tile.column;
+    T* saved = static_cast<T*>(p.preactivation);
+    if (saved) saved += tile.row * 2 * width + tile.column;
+    dispatch_activation(p.kind, [&]<Activation kKind>() {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int row = grouped::tile_index(threadIdx.x / 8, i);
+      for (int i = 0; i < 8; ++i) {
+        const int row = grouped::tile_index(threadIdx.x / 8, i);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int column = grouped::tile_index(threadIdx.x % 8, j);
-              if (row >= rows || column >= columns) continue;
-              Acc slope;
-              activation[row * width + column] =
-                  from_acc<T>(activate<kKind>(sum[i][j], slope) * sum[i][j + 4]);
-              if (saved) {
-                saved[row * 2 * width + column] = from_acc<T>(sum[i][j]);
-                saved[row * 2 * width + width + column] = from_acc<T>(sum[i][j + 4]);
-              }
-            }
+        for (int j = 0; j < 4; ++j) {
+          const int column = grouped::tile_index(threadIdx.x % 8, j);
+          if (row >= rows || column >= columns) continue;
+          Acc slope;
+          activation[row * width + column] =
+              from_acc<T>(activate<kKind>(sum[i][j], slope) * sum[i][j + 4]);
+          if (saved) {
+            saved[row * 2 * width + column] = from_acc<T>(sum[i][j]);
+            saved[row * 2 * width + width + column] = from_acc<T>(sum[i][j + 4]);
           }
-        });
-      });
+        }
+      }
+    });
+  });
 }
 
 // out[s, n] = sum over k of a[s, k] b[e, n, k] (kNt) or b[e, k, n], for every row s of expert e.
 struct RowsParams {
-  const void* a;            // [S, k]
-  const void* b;            // kNt: [E, n, k], else [E, k, n]
-  void* out;                // [S, n] in the accumulation type
-  const grouped::Plan plan;
+  const void* a;  // [S, k]
+  const void* b;  // kNt: [E, n, k], else [E, k, n]
+  void* out;      // [S, n] in the accumulation type
+  grouped::Plan plan;
   int64_t k;
   int64_t n;
   int64_t num_experts;
+  grouped::TileGrid grid = {};  // set by launch()
 };
 
 // A block owns one tile of results at a time.
@@ -97,13 +96,11 @@ template <typename T, bool kNt>
 __global__ void __launch_bounds__(grouped::kTileThreads) rows_kernel(RowsParams p) {
   using grouped::kTile;
   auto& shared = *simt::dynamic_shared<grouped::TileShared<acc_t<T>>>();
-  grouped::for_each_row_tile(
-      p.plan, kTile, static_cast<int>(ceil_div(p.n, kTile)), kTile,
-      [&](const grouped::Tile& tile) {
-        grouped::multiply_rows<kNt>(shared, tile, static_cast<const T*>(p.a),
-                                    static_cast<const T*>(p.b), static_cast<acc_t<T>*>(p.out), p.k,
-                                    p.n, p.num_experts);
-      });
+  grouped::for_each_row_tile(p.plan, p.grid, kTile, kTile, [&](const grouped::Tile& tile) {
+    grouped::multiply_rows<kNt>(shared, tile, static_cast<const T*>(p.a),
+                                static_cast<const T*>(p.b), static_cast<acc_t<T>*>(p.out), p.k, p.n,
+                                p.num_experts);
+  });
 }
 
 // out[e, i, j] = sum over the rows m of expert e of a[m, i] b[m, j]. One of the operands is given
@@ -117,6 +114,7 @@ struct SumsParams {
   int64_t n1;
   int64_t n2;
   int64_t num_experts;
+  grouped::TileGrid grid = {};  // set by launch()
 };
 
 // A block owns one tile of results at a time.
@@ -125,8 +123,7 @@ __global__ void __launch_bounds__(grouped::kTileThreads) sums_kernel(SumsParams 
   using grouped::kTile;
   auto& shared = *simt::dynamic_shared<grouped::TileShared<acc_t<T>>>();
   grouped::for_each_sum_tile(
-      p.expert_offsets, static_cast<int>(p.num_experts), static_cast<int>(ceil_div(p.n1, kTile)),
-      static_cast<int>(ceil_div(p.n2, kTile)), kTile, kTile, [&](const grouped::SumTile& tile) {
+      p.expert_offsets, p.grid, kTile, kTile, [&](const grouped::SumTile& tile) {
         grouped::multiply_sums(shared, tile, static_cast<const T*>(p.a),
                                kGatherA ? p.tokens : nullptr, static_cast<const T*>(p.b),
                                kGatherA ? nullptr : p.tokens, static_cast<T*>(p.out), p.n1, p.n2);
@@ -146,6 +143,11 @@ struct ActivationGradient {
   }
 };
 
+// Only grad_down does without d below.
+__device__ __forceinline__ bool needs_products(const BackwardParams& p) {
+  return p.grad_x != nullptr || p.grad_gate_up != nullptr || p.grad_weights != nullptr;
+}
+
 // With d[s, i] = sum_h grad[token of s, h] down_e[h, i], the gradient of the activation before its
 // weighting, and the activation and its derivatives from preactivation: grad_preactivation,
 // weighted, and for every row and tile of columns the part of <d, activation> = <grad, expert
@@ -158,56 +160,49 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grad_activation_kernel(
   auto& shared = *simt::dynamic_shared<GatherShared<T>>();
   const int64_t width = p.intermediate;
   const Acc* weights = static_cast<const Acc*>(p.topk_weights);
-  grouped::for_each_row_tile(
-      p.plan, kTile, static_cast<int>(ceil_div(width, kTile)), kTile,
-      [&](const grouped::Tile& tile) {
-        const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
-        const int columns = grouped::clamp_left(width - tile.column, kTile);
-        gather_rows(shared, static_cast<const T*>(p.grad), p.tokens + tile.row, p.hidden, rows);
-        const T* right =
-            static_cast<const T*>(p.down) + tile.group * p.hidden * width + tile.column;
-        Acc sum[8][8];
-        grouped::multiply_tile<true, false>(
-            shared.tile, p.hidden,
-            [&](int i, int64_t k) {
-              const T* row = shared.rows[i];
-              return row ? to_acc(row[k]) : Acc{0};
-            },
-            [&](int j, int64_t k) {
-              return j < columns ? to_acc(right[k * width + j]) : Acc{0};
-            },
-            sum);
-        const T* saved = static_cast<const T*>(p.preactivation) + tile.column;
-        T* grads = static_cast<T*>(p.grad_preactivation) + tile.column;
-        T* weighted = static_cast<T*>(p.weighted) + tile.column;
-        dispatch_activation(p.kind, [&]<Activation kKind>() {
+  grouped::for_each_row_tile(p.plan, p.grid, kTile, kTile, [&](const grouped::Tile& tile) {
+    const int rows = grouped::clamp_left(tile.end - tile.row, kTile);
+    const int columns = grouped::clamp_left(width - tile.column, kTile);
+    gather_rows(shared, static_cast<const T*>(p.grad), p.tokens + tile.row, p.hidden, rows);
+    const T* right = static_cast<const T*>(p.down) + tile.group * p.hidden * width + tile.column;
+    Acc sum[8][8];
+    grouped::multiply_tile<true, false>(
+        shared.tile, needs_products(p) ? p.hidden : 0,
+        [&](int i, int64_t k) {
+          const T* row = shared.rows[i];
+          return row ? to_acc(row[k]) : Acc{0};
+        },
+        [&](int j, int64_t k) { return j < columns ? to_acc(right[k * width + j]) : Acc{0}; }, sum);
+    const T* saved = static_cast<const T*>(p.preactivation) + tile.column;
+    T* grads = static_cast<T*>(p.grad_preactivation) + tile.column;
+    T* weighted = static_cast<T*>(p.weighted) + tile.column;
+    dispatch_activation(p.kind, [&]<Activation kKind>() {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int row = grouped::tile_index(threadIdx.x / 8, i);
-            const int64_t s = tile.row + row;
-            const Acc weight = row < rows ? weights[p.permutation[s]] : Acc{0};
-            Acc part = 0;
+      for (int i = 0; i < 8; ++i) {
+        const int row = grouped::tile_index(threadIdx.x / 8, i);
+        const int64_t s = tile.row + row;
+        const Acc weight = row < rows ? weights[p.permutation[s]] : Acc{0};
+        Acc part = 0;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              const int column = grouped::tile_index(threadIdx.x % 8, j);
-              if (row >= rows || column >= columns) continue;
-              const ActivationGradient<kKind, Acc> gradient(
-                  sum[i][j], weight, to_acc(saved[s * 2 * width + column]),
-                  to_acc(saved[s * 2 * width + width + column]));
-              part = simt::fma(sum[i][j], gradient.activation, part);
-              grads[s * 2 * width + column] = from_acc<T>(gradient.gate);
-              grads[s * 2 * width + width + column] = from_acc<T>(gradient.up);
-              weighted[s * width + column] = from_acc<T>(weight * gradient.activation);
-            }
+        for (int j = 0; j < 8; ++j) {
+          const int column = grouped::tile_index(threadIdx.x % 8, j);
+          if (row >= rows || column >= columns) continue;
+          const ActivationGradient<kKind, Acc> gradient(
+              sum[i][j], weight, to_acc(saved[s * 2 * width + column]),
+              to_acc(saved[s * 2 * width + width + column]));
+          part = simt::fma(sum[i][j], gradient.activation, part);
+          grads[s * 2 * width + column] = from_acc<T>(gradient.gate);
+          grads[s * 2 * width + width + column] = from_acc<T>(gradient.up);
+          weighted[s * width + column] = from_acc<T>(weight * gradient.activation);
+        }
 #pragma unroll
-            for (int lane = 1; lane < 8; lane *= 2)
-              part += __shfl_xor_sync(simt::kFullWarp, part, lane);
-            if (row < rows && threadIdx.x % 8 == 0)
-              static_cast<Acc*>(p.weight_parts)[s * ceil_div(width, kTile) +
-                                                tile.column / kTile] = part;
-          }
-        });
-      });
+        for (int lane = 1; lane < 8; lane *= 2)
+          part += __shfl_xor_sync(simt::kFullWarp, part, lane);
+        if (row < rows && threadIdx.x % 8 == 0)
+          static_cast<Acc*>(p.weight_parts)[s * p.grid.column_tiles + tile.column / kTile] = part;
+      }
+    });
+  });
 }
 
 // grad_weights[slot] = the sum of its row's parts, in order; zero for a row of no expert. A thread

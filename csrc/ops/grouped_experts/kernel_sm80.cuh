@@ -30,63 +30,63 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
   using namespace grouped::sm80;
   using Shape = Shape<kRows>;
   using Left = AnyRows<T, kRows, Shape::kDepth>;
-  using Right = EvenRows<T, kColumns, Shape::kDepth>;
+  // Tile columns kSpread apart are half of that apart among gate or up rows.
+  constexpr int kApart = DepthFirst<T, kColumns, Shape::kDepth>::kSpread / 2;
+  using Right = EvenRows<T, kColumns, Shape::kDepth, kApart>;
   char* shared = simt::dynamic_shared<char>();
   const T* x = static_cast<const T*>(p.x);
   const int64_t width = p.intermediate;
-  grouped::for_each_row_tile(
-      p.plan, kRows, static_cast<int>(ceil_div(width, kGateUpWidth)), kGateUpWidth,
-      [&](const grouped::Tile& tile) {
-        const int rows = grouped::clamp_left(tile.end - tile.row, kRows);
-        const int columns = grouped::clamp_left(width - tile.column, kGateUpWidth);
-        const bool owned = tile.group < p.num_experts;
-        const int depth = owned ? static_cast<int>(p.hidden) : 0;
-        Left left(depth, [&](int i) {
-          return i < rows && owned ? x + p.tokens[tile.row + i] * p.hidden : nullptr;
-        });
-        // Tile columns kSpread apart are kSpread / 2 apart among gate or up rows.
-        constexpr int kSpread = Right::kSpread / 2;
-        const int place = Right::own_row(), column = place / 16 * 8 + place % 8;
-        const int count = column < columns ? (columns - column + kSpread - 1) / kSpread : 0;
-        const int64_t weight_row = (owned ? tile.group : 0) * 2 * width + tile.column +
-                                   (place / 8 % 2 ? width : 0) + (count > 0 ? column : 0);
-        Right right(depth, static_cast<const T*>(p.gate_up) + weight_row * p.hidden,
-                    kSpread * p.hidden, count);
-        typename Shape::Sums sum;
-        multiply_tile<T, Shape>(shared, depth, left, right, sum);
-        const Staged<float, Shape> staged(shared, sum);
-        __syncthreads();
-        T* activation = static_cast<T*>(p.activation) + tile.row * width + tile.column;
-        T* saved = static_cast<T*>(p.preactivation);
-        if (saved) saved += tile.row * 2 * width + tile.column;
-        dispatch_activation(p.kind, [&]<Activation kKind>() {
+  grouped::for_each_row_tile(p.plan, p.grid, kRows, kGateUpWidth, [&](const grouped::Tile& tile) {
+    const int rows = grouped::clamp_left(tile.end - tile.row, kRows);
+    const int columns = grouped::clamp_left(width - tile.column, kGateUpWidth);
+    const bool owned = tile.group < p.num_experts;
+    const int depth = owned ? static_cast<int>(p.hidden) : 0;
+    Left left(depth, [&](int i) {
+      return i < rows && owned ? x + p.tokens[tile.row + i] * p.hidden : nullptr;
+    });
+    // Tile columns kSpread apart are kSpread / 2 apart among gate or up rows.
+    constexpr int kSpread = Right::kSpread / 2;
+    const int place = Right::own_row(), column = place / 16 * 8 + place % 8;
+    const int count = column < columns ? (columns - column + kApart - 1) / kApart : 0;
+    const int64_t weight_row = (owned ? tile.group : 0) * 2 * width + tile.column +
+                               (place / 8 % 2 ? width : 0) + (count > 0 ? column : 0);
+    Right right(depth, static_cast<const T*>(p.gate_up) + weight_row * p.hidden, kSpread * p.hidden,
+                count);
+    typename Shape::Sums sum;
+    multiply_tile<T, Shape>(shared, depth, left, right, sum);
+    const Staged<float, Shape> staged(shared, sum);
+    __syncthreads();
+    T* activation = static_cast<T*>(p.activation) + tile.row * width + tile.column;
+    T* saved = static_cast<T*>(p.preactivation);
+    if (saved) saved += tile.row * 2 * width + tile.column;
+    dispatch_activation(p.kind, [&]<Activation kKind>() {
 #pragma unroll 1
-          for (int i = threadIdx.x; i < kRows * (kGateUpWidth / 8); i += kThreads) {
-            const int row = i / (kGateUpWidth / 8), block = i % (kGateUpWidth / 8);
-            if (row >= rows || 8 * block >= columns) continue;
-            Eight<T> gates, ups, activations;
+      for (int i = threadIdx.x; i < kRows * (kGateUpWidth / 8); i += kThreads) {
+        const int row = i / (kGateUpWidth / 8), block = i % (kGateUpWidth / 8);
+        if (row >= rows || 8 * block >= columns) continue;
+        Eight<T> gates, ups, activations;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const auto gate = staged.chunk(row, 4 * block + half);
-              const auto up = staged.chunk(row, 4 * block + 2 + half);
+        for (int half = 0; half < 2; ++half) {
+          const auto gate = staged.chunk(row, 4 * block + half);
+          const auto up = staged.chunk(row, 4 * block + 2 + half);
 #pragma unroll
-              for (int l = 0; l < 4; ++l) {
-                float slope;
-                gates.values[4 * half + l] = from_acc<T>(gate.values[l]);
-                ups.values[4 * half + l] = from_acc<T>(up.values[l]);
-                activations.values[4 * half + l] =
-                    from_acc<T>(activate<kKind>(gate.values[l], slope) * up.values[l]);
-              }
-            }
-            *reinterpret_cast<Eight<T>*>(activation + row * width + 8 * block) = activations;
-            if (saved) {
-              *reinterpret_cast<Eight<T>*>(saved + row * 2 * width + 8 * block) = gates;
-              *reinterpret_cast<Eight<T>*>(saved + row * 2 * width + width + 8 * block) = ups;
-            }
+          for (int l = 0; l < 4; ++l) {
+            float slope;
+            gates.values[4 * half + l] = from_acc<T>(gate.values[l]);
+            ups.values[4 * half + l] = from_acc<T>(up.values[l]);
+            activations.values[4 * half + l] =
+                from_acc<T>(activate<kKind>(gate.values[l], slope) * up.values[l]);
           }
-        });
-        __syncthreads();  // shared memory is free for the next tile
-      });
+        }
+        *reinterpret_cast<Eight<T>*>(activation + row * width + 8 * block) = activations;
+        if (saved) {
+          *reinterpret_cast<Eight<T>*>(saved + row * 2 * width + 8 * block) = gates;
+          *reinterpret_cast<Eight<T>*>(saved + row * 2 * width + width + 8 * block) = ups;
+        }
+      }
+    });
+    __syncthreads();  // shared memory is free for the next tile
+  });
 }
 
 // The contract of rows_kernel on tensor cores.
@@ -95,13 +95,11 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
     rows_sm80_kernel(RowsParams p) {
   using namespace grouped::sm80;
   char* shared = simt::dynamic_shared<char>();
-  grouped::for_each_row_tile(
-      p.plan, kRows, static_cast<int>(ceil_div(p.n, kColumns)), kColumns,
-      [&](const grouped::Tile& tile) {
-        multiply_rows<Shape<kRows>, kNt>(shared, tile, static_cast<const T*>(p.a),
-                                         static_cast<const T*>(p.b), static_cast<float*>(p.out),
-                                         p.k, p.n, static_cast<int>(p.num_experts));
-      });
+  grouped::for_each_row_tile(p.plan, p.grid, kRows, kColumns, [&](const grouped::Tile& tile) {
+    multiply_rows<Shape<kRows>, kNt>(shared, tile, static_cast<const T*>(p.a),
+                                     static_cast<const T*>(p.b), static_cast<float*>(p.out), p.k,
+                                     p.n, p.num_experts);
+  });
 }
 
 // The contract of sums_kernel on tensor cores, 128 x 128 tiles.
@@ -116,15 +114,12 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
   const T* a = static_cast<const T*>(p.a);
   const T* b = static_cast<const T*>(p.b);
   grouped::for_each_sum_tile(
-      p.expert_offsets, static_cast<int>(p.num_experts),
-      static_cast<int>(ceil_div(p.n1, Shape::kRows)), static_cast<int>(ceil_div(p.n2, kColumns)),
-      Shape::kRows, kColumns, [&](const grouped::SumTile& tile) {
-        const int32_t* tokens = p.tokens + tile.begin;
+      p.expert_offsets, p.grid, Shape::kRows, kColumns, [&](const grouped::SumTile& tile) {
         multiply_sums<Shape>(
             shared, tile, static_cast<T*>(p.out), p.n1, p.n2,
             [&](int depth, int rows) {
               if constexpr (kGatherA)
-                return Any(depth, a + tile.row, tokens, p.n1, rows);
+                return Any(depth, a + tile.row, p.tokens, tile.end, p.n1, rows);
               else
                 return Even(depth, a + tile.begin * p.n1 + tile.row, p.n1, rows);
             },
@@ -132,7 +127,7 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
               if constexpr (kGatherA)
                 return Even(depth, b + tile.begin * p.n2 + tile.column, p.n2, columns);
               else
-                return Any(depth, b + tile.column, tokens, p.n2, columns);
+                return Any(depth, b + tile.column, p.tokens, tile.end, p.n2, columns);
             });
       });
 }
@@ -152,62 +147,60 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
   const T* down = static_cast<const T*>(p.down);
   const float* weights = static_cast<const float*>(p.topk_weights);
   const int64_t width = p.intermediate;
-  const auto column_tiles = static_cast<int>(ceil_div(width, kColumns));
-  grouped::for_each_row_tile(
-      p.plan, kRows, column_tiles, kColumns, [&](const grouped::Tile& tile) {
-        const int rows = grouped::clamp_left(tile.end - tile.row, kRows);
-        const int columns = grouped::clamp_left(width - tile.column, kColumns);
-        const int depth = static_cast<int>(p.hidden);
-        Left left(depth, [&](int i) {
-          return i < rows ? grad + p.tokens[tile.row + i] * p.hidden : nullptr;
-        });
-        Right right(depth, down + tile.group * p.hidden * width + tile.column, width, columns);
-        typename Shape::Sums sum;
-        multiply_tile<T, Shape>(shared, depth, left, right, sum);
-        const Staged<float, Shape> staged(shared, sum);
-        __syncthreads();
-        const T* saved = static_cast<const T*>(p.preactivation) + tile.column;
-        T* grads = static_cast<T*>(p.grad_preactivation) + tile.column;
-        T* weighted = static_cast<T*>(p.weighted) + tile.column;
-        dispatch_activation(p.kind, [&]<Activation kKind>() {
+  grouped::for_each_row_tile(p.plan, p.grid, kRows, kColumns, [&](const grouped::Tile& tile) {
+    const int rows = grouped::clamp_left(tile.end - tile.row, kRows);
+    const int columns = grouped::clamp_left(width - tile.column, kColumns);
+    const int depth = needs_products(p) ? static_cast<int>(p.hidden) : 0;
+    Left left(depth,
+              [&](int i) { return i < rows ? grad + p.tokens[tile.row + i] * p.hidden : nullptr; });
+    Right right(depth, down + tile.group * p.hidden * width + tile.column, width, columns);
+    typename Shape::Sums sum;
+    multiply_tile<T, Shape>(shared, depth, left, right, sum);
+    const Staged<float, Shape> staged(shared, sum);
+    __syncthreads();
+    const T* saved = static_cast<const T*>(p.preactivation) + tile.column;
+    T* grads = static_cast<T*>(p.grad_preactivation) + tile.column;
+    T* weighted = static_cast<T*>(p.weighted) + tile.column;
+    dispatch_activation(p.kind, [&]<Activation kKind>() {
 #pragma unroll 1
-          for (int i = threadIdx.x; i < kRows * kBlocks; i += kThreads) {
-            const int row = i / kBlocks, block = i % kBlocks;
-            const int64_t s = tile.row + row;
-            float part = 0;
-            if (row < rows && 8 * block < columns) {
-              const float weight = weights[p.permutation[s]];
-              const int64_t place = s * 2 * width + 8 * block;
-              const auto gates = *reinterpret_cast<const Eight<T>*>(saved + place);
-              const auto ups = *reinterpret_cast<const Eight<T>*>(saved + place + width);
-              Eight<T> grad_gates, grad_ups, activations;
+      for (int i = threadIdx.x; i < kRows * kBlocks; i += kThreads) {
+        const int row = i / kBlocks, block = i % kBlocks;
+        const int64_t s = tile.row + row;
+        float part = 0;
+        if (row < rows && 8 * block < columns) {
+          const float weight = weights[p.permutation[s]];
+          const int64_t place = s * 2 * width + 8 * block;
+          const auto gates = *reinterpret_cast<const Eight<T>*>(saved + place);
+          const auto ups = *reinterpret_cast<const Eight<T>*>(saved + place + width);
+          Eight<T> grad_gates, grad_ups, activations;
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const auto d = staged.chunk(row, 2 * block + half);
+          for (int half = 0; half < 2; ++half) {
+            const auto d = staged.chunk(row, 2 * block + half);
 #pragma unroll
-                for (int l = 0; l < 4; ++l) {
-                  const int j = 4 * half + l;
-                  const ActivationGradient<kKind, float> gradient(
-                      d.values[l], weight, to_acc(gates.values[j]), to_acc(ups.values[j]));
-                  part = simt::fma(d.values[l], gradient.activation, part);
-                  grad_gates.values[j] = from_acc<T>(gradient.gate);
-                  grad_ups.values[j] = from_acc<T>(gradient.up);
-                  activations.values[j] = from_acc<T>(weight * gradient.activation);
-                }
-              }
-              *reinterpret_cast<Eight<T>*>(grads + place) = grad_gates;
-              *reinterpret_cast<Eight<T>*>(grads + place + width) = grad_ups;
-              *reinterpret_cast<Eight<T>*>(weighted + s * width + 8 * block) = activations;
+            for (int l = 0; l < 4; ++l) {
+              const int j = 4 * half + l;
+              const ActivationGradient<kKind, float> gradient(
+                  d.values[l], weight, to_acc(gates.values[j]), to_acc(ups.values[j]));
+              part = simt::fma(d.values[l], gradient.activation, part);
+              grad_gates.values[j] = from_acc<T>(gradient.gate);
+              grad_ups.values[j] = from_acc<T>(gradient.up);
+              activations.values[j] = from_acc<T>(weight * gradient.activation);
             }
-#pragma unroll
-            for (int lane = 1; lane < kBlocks; lane *= 2)
-              part += __shfl_xor_sync(simt::kFullWarp, part, lane);
-            if (row < rows && block == 0)
-              static_cast<float*>(p.weight_parts)[s * column_tiles + tile.column / kColumns] = part;
           }
-        });
-        __syncthreads();  // shared memory is free for the next tile
-      });
+          *reinterpret_cast<Eight<T>*>(grads + place) = grad_gates;
+          *reinterpret_cast<Eight<T>*>(grads + place + width) = grad_ups;
+          *reinterpret_cast<Eight<T>*>(weighted + s * width + 8 * block) = activations;
+        }
+#pragma unroll
+        for (int lane = 1; lane < kBlocks; lane *= 2)
+          part += __shfl_xor_sync(simt::kFullWarp, part, lane);
+        if (row < rows && block == 0)
+          static_cast<float*>(p.weight_parts)[s * p.grid.column_tiles + tile.column / kColumns] =
+              part;
+      }
+    });
+    __syncthreads();  // shared memory is free for the next tile
+  });
 }
 
 }  // namespace mergeme::grouped_experts

@@ -25,6 +25,7 @@ struct Common {
   int64_t intermediate;           // I
   Activation kind;
   DType dtype;
+  grouped::TileGrid grid = {};  // set by launch()
   int64_t num_slots() const { return num_tokens * top_k; }
 };
 
@@ -37,11 +38,11 @@ struct Params : Common {
 
 // Gradients that nobody asked for are null.
 struct BackwardParams : Common {
-  void* grad_x;             // [T, H]
-  void* grad_gate_up;       // [E, 2I, H]
-  void* grad_down;          // [E, H, I]
-  void* grad_weights;       // [T, K] in the accumulation type
-  const void* grad;         // [T, H]
+  void* grad_x;               // [T, H]
+  void* grad_gate_up;         // [E, 2I, H]
+  void* grad_down;            // [E, H, I]
+  void* grad_weights;         // [T, K] in the accumulation type
+  const void* grad;           // [T, H]
   const void* preactivation;  // [S, 2I]
   void* grad_preactivation;   // [S, 2I], scratch
   void* weighted;             // [S, I], scratch: activation times weight

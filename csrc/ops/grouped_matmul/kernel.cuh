@@ -15,17 +15,14 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grouped_matmul_kernel(P
   const T* a = static_cast<const T*>(p.a);
   const T* b = static_cast<const T*>(p.b);
   T* out = static_cast<T*>(p.out);
-  const auto column_tiles = static_cast<int>(ceil_div(p.out_columns, kTile));
   if constexpr (kLayout == Layout::kTn) {
-    const auto row_tiles = static_cast<int>(ceil_div(p.a_columns, kTile));
-    grouped::for_each_sum_tile(
-        p.expert_offsets, static_cast<int>(p.num_experts), row_tiles, column_tiles, kTile, kTile,
-        [&](const grouped::SumTile& tile) {
-          grouped::multiply_sums(shared, tile, a, nullptr, b, nullptr, out, p.a_columns,
-                                 p.out_columns);
-        });
+    grouped::for_each_sum_tile(p.expert_offsets, p.grid, kTile, kTile,
+                               [&](const grouped::SumTile& tile) {
+                                 grouped::multiply_sums(shared, tile, a, nullptr, b, nullptr, out,
+                                                        p.a_columns, p.out_columns);
+                               });
   } else {
-    grouped::for_each_row_tile(p.plan, kTile, column_tiles, kTile, [&](const grouped::Tile& tile) {
+    grouped::for_each_row_tile(p.plan, p.grid, kTile, kTile, [&](const grouped::Tile& tile) {
       grouped::multiply_rows<kLayout == Layout::kNt>(shared, tile, a, b, out, p.a_columns,
                                                      p.out_columns, p.num_experts);
     });

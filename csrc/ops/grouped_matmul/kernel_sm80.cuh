@@ -23,14 +23,11 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
   const T* a = static_cast<const T*>(p.a);
   const T* b = static_cast<const T*>(p.b);
   T* out = static_cast<T*>(p.out);
-  const auto num_experts = static_cast<int>(p.num_experts);
-  const auto column_tiles = static_cast<int>(ceil_div(p.out_columns, kColumns));
   if constexpr (kLayout == Layout::kTn) {
     using Operand = EvenSteps<T, Shape::kDepth>;
     const int64_t n1 = p.a_columns, n2 = p.out_columns;
     grouped::for_each_sum_tile(
-        p.expert_offsets, num_experts, static_cast<int>(ceil_div(n1, kRows)), column_tiles, kRows,
-        kColumns, [&](const grouped::SumTile& tile) {
+        p.expert_offsets, p.grid, kRows, kColumns, [&](const grouped::SumTile& tile) {
           multiply_sums<Shape>(
               shared, tile, out, n1, n2,
               [&](int depth, int rows) {
@@ -41,11 +38,10 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
               });
         });
   } else {
-    grouped::for_each_row_tile(
-        p.plan, kRows, column_tiles, kColumns, [&](const grouped::Tile& tile) {
-          multiply_rows<Shape, kLayout == Layout::kNt>(shared, tile, a, b, out, p.a_columns,
-                                                       p.out_columns, num_experts);
-        });
+    grouped::for_each_row_tile(p.plan, p.grid, kRows, kColumns, [&](const grouped::Tile& tile) {
+      multiply_rows<Shape, kLayout == Layout::kNt>(shared, tile, a, b, out, p.a_columns,
+                                                   p.out_columns, p.num_experts);
+    });
   }
 }
 

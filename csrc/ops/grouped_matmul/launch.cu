@@ -3,12 +3,14 @@
 namespace mergeme::grouped_matmul {
 namespace {
 
-// Tiles of height x width results, an upper bound for nt and nn.
-int64_t count_tiles(const Params& p, int64_t height, int64_t width) {
-  const int64_t row_tiles = p.layout == Layout::kTn
-                                ? p.num_experts * ceil_div(p.a_columns, height)
-                                : grouped::max_row_tiles(p.num_tokens, p.num_experts, height);
-  return grouped::checked_tiles("grouped_matmul", row_tiles * ceil_div(p.out_columns, width));
+// The same with its grid of height x width tiles.
+Params with_grid(Params p, int64_t height, int64_t width) {
+  constexpr const char* kName = "grouped_matmul";
+  p.grid =
+      p.layout == Layout::kTn
+          ? grouped::sum_grid(kName, p.num_experts, p.a_columns, height, p.out_columns, width)
+          : grouped::row_grid(kName, p.num_tokens, p.num_experts, height, p.out_columns, width);
+  return p;
 }
 
 void plan(const Params& p, int64_t height, void* stream) {
@@ -24,23 +26,23 @@ void plan(const Params& p, int64_t height, void* stream) {
 template <typename T, Layout kLayout>
 void launch_portable(const Params& p, void* stream) {
   plan(p, grouped::kTile, stream);
-  simt::launch_resident<grouped_matmul_kernel<T, kLayout>>(
+  grouped::launch_tiles<grouped_matmul_kernel<T, kLayout>>(
       "grouped_matmul",
       {.block = grouped::kTileThreads,
        .shared_bytes = sizeof(grouped::TileShared<acc_t<T>>),
        .stream = stream},
-      count_tiles(p, grouped::kTile, grouped::kTile), p);
+      with_grid(p, grouped::kTile, grouped::kTile));
 }
 
 template <typename T, Layout kLayout, int kRows>
 void launch_sm80(const Params& p, void* stream) {
   plan(p, kRows, stream);
-  simt::launch_resident<grouped_matmul_sm80_kernel<T, kLayout, kRows>>(
+  grouped::launch_tiles<grouped_matmul_sm80_kernel<T, kLayout, kRows>>(
       "grouped_matmul (sm_80)",
       {.block = grouped::sm80::kThreads,
        .shared_bytes = grouped::sm80::Shape<kRows>::kSharedBytes,
        .stream = stream},
-      count_tiles(p, kRows, grouped::sm80::kColumns), p);
+      with_grid(p, kRows, grouped::sm80::kColumns));
 }
 
 template <typename T, Layout kLayout>

@@ -19,6 +19,7 @@ struct Params {
   int64_t out_columns;            // nt, nn: N; tn: N2
   Layout layout;
   DType dtype;
+  grouped::TileGrid grid = {};  // set by launch()
 };
 
 void launch(const Params& params, void* stream);
