@@ -44,14 +44,11 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
     Left left(depth, [&](int i) {
       return i < rows && owned ? x + p.tokens[tile.row + i] * p.hidden : nullptr;
     });
-    // Tile columns kSpread apart are kSpread / 2 apart among gate or up rows.
-    constexpr int kSpread = Right::kSpread / 2;
     const int place = Right::own_row(), column = place / 16 * 8 + place % 8;
     const int count = column < columns ? (columns - column + kApart - 1) / kApart : 0;
     const int64_t weight_row = (owned ? tile.group : 0) * 2 * width + tile.column +
                                (place / 8 % 2 ? width : 0) + (count > 0 ? column : 0);
-    Right right(depth, static_cast<const T*>(p.gate_up) + weight_row * p.hidden, kSpread * p.hidden,
-                count);
+    Right right(depth, static_cast<const T*>(p.gate_up) + weight_row * p.hidden, p.hidden, count);
     typename Shape::Sums sum;
     multiply_tile<T, Shape>(shared, depth, left, right, sum);
     const Staged<float, Shape> staged(shared, sum);
