@@ -25,6 +25,18 @@ settings.register_profile("house", derandomize=True, deadline=None, print_blob=T
 settings.load_profile("house")
 
 
+def pytest_sessionstart():
+    """Runs tile instructions in software for a test run with ``MERGEME_CPU_ISA=amx``.
+
+    Later than pytest's own handler of illegal instructions, which would report them. A processor
+    that has tiles goes on running them itself.
+    """
+    if os.environ.get("MERGEME_CPU_ISA") == "amx":
+        from mergeme_ext import _simt
+
+        _simt.emulate_amx()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -16,6 +16,10 @@
 namespace mergeme {
 namespace {
 
+MERGEME_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MERGEME_INLINE int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
+MERGEME_INLINE int64_t round_up(int64_t total, int64_t size) { return parts(total, size) * size; }
+
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -138,6 +142,25 @@ MERGEME_INLINE void store_some(T* p, vector_t<acc_t<T>> v, int64_t count) {
   T padded[kLanes<acc_t<T>>];
   store(padded, v);
   memcpy(p, padded, size_t(count) * sizeof(T));
+}
+
+// Calls fn(j, some) for the elements of a row, a vector or less at a time; and what reads and
+// writes such a part.
+template <typename Acc, typename F>
+MERGEME_INLINE void for_vectors(int64_t count, F fn) {
+  for (int64_t j = 0; j < count; j += kLanes<Acc>)
+    fn(j, count - j < kLanes<Acc> ? count - j : int64_t{kLanes<Acc>});
+}
+template <typename T>
+MERGEME_INLINE auto load_first(const T* from, int64_t some) {
+  return some == kLanes<acc_t<T>> ? load(from) : load_some(from, some);
+}
+template <typename T>
+MERGEME_INLINE void store_first(T* to, vector_t<acc_t<T>> value, int64_t some) {
+  if (some == kLanes<acc_t<T>>)
+    store(to, value);
+  else
+    store_some(to, value, some);
 }
 
 template <typename Acc>

@@ -1,4 +1,4 @@
-// How the CPU half cuts grouped products into blocks: limits shared by planner and loops.
+// How the CPU half cuts grouped products into tasks: what planner and loops share. Torch-free.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,34 +7,74 @@
 
 namespace mergeme {
 
-// One block of one group's product: out [rows, columns], reduced over depth. Pointers are at the
-// block's first element; ld* are row strides in elements. Layouts are the ops' (nt, nn, tn).
-struct GroupedBlock {
-  const void* a;
-  const void* b;
-  void* out;
-  int64_t rows;
-  int64_t columns;
-  int64_t depth;
-  int64_t lda;
-  int64_t ldb;
-  int64_t ldo;
-  DType dtype;
+// Columns of B in a panel; two vectors of the widest instruction set, an AMX tile pair.
+inline constexpr int64_t kPanelColumns = 32;
+// Panels that one pass over a block of A serves, and the depth to which they are widened at once:
+// 512 KB of second-level cache in float32.
+inline constexpr int64_t kPanelGroup = 8;
+inline constexpr int64_t kPanelDepth = 512;
+// Packed panels are filled up with zeros to a multiple of this depth (one AMX tile).
+inline constexpr int64_t kPackedDepth = 32;
+// Words ahead that packed weights are asked for.
+inline constexpr int64_t kPrefetchWords = 512;
+inline constexpr int64_t kMaxVectorBytes = 64;
+// No instruction set gives a block of rows more room than this.
+inline constexpr int64_t kMostRowStride = 16;
+
+// Which row of the weights a panel's column is: the column itself, or, with gate and up side by
+// side, 16 columns of gate and the same 16 of up.
+struct PanelColumns {
+  int64_t gated_up = 0;    // rows from a gate row to its up row; 0 if not gated
+  int64_t gated_step = 1;  // rows from one gate row to the next
+  // The row, or -1 past the last of `columns` (of the gate's, if gated).
+  MERGEME_HD int64_t row_of(int64_t panel, int64_t column, int64_t columns) const {
+    if (gated_up == 0) {
+      const int64_t row = panel * kPanelColumns + column;
+      return row < columns ? row : -1;
+    }
+    constexpr int64_t kHalf = kPanelColumns / 2;
+    const int64_t row = panel * kHalf + column % kHalf;
+    return row < columns ? row * gated_step + (column < kHalf ? 0 : gated_up) : -1;
+  }
 };
 
-// Reduction steps packed at once: 12 broadcast rows of them fit a first-level cache with room.
-inline constexpr int64_t kBlockDepth = 256;
-// Largest block: the vector side's panels and the sums then take some 500 KB of second-level cache.
-inline constexpr int64_t kMaxBlockV = 256;
-inline constexpr int64_t kMaxBlockSums = 512 * 128;
-inline constexpr int64_t kMaxBroadcasts = 12;
-inline constexpr int64_t kMaxVectorBytes = 64;
-// Up to here a group's rows do not pay for packing the weights (one vector would be half empty).
-inline constexpr int64_t kFewRows = 8;
+// Rows in memory, in the order of an index if there is one: row i is data + (index[i] / divisor) *
+// ld. They run along the depth of the product, or across it: then row k holds step k.
+struct Operand {
+  const void* data = nullptr;
+  int64_t ld = 0;
+  const int32_t* index = nullptr;
+  int64_t divisor = 1;
+  bool across = false;
+  PanelColumns columns = {};
+  template <typename T>
+  MERGEME_HD const T* row(int64_t i) const {
+    return static_cast<const T*>(data) + (index ? index[i] / divisor : i) * ld;
+  }
+};
 
-// Upper bound, whatever the element type and instruction set, of the scratch one block needs.
-inline constexpr int64_t kBlockScratchBytes =
-    8 * (kBlockDepth * kMaxBlockV + kMaxBroadcasts * (kBlockDepth + 16) +
-         (kMaxBlockSums + kMaxBroadcasts * kMaxBlockV + 1024 * kMaxVectorBytes));
+// Rows [first_row, first_row + rows) of A times panels [first_panel, end_panel) of B, for one
+// group.
+struct PanelTask {
+  Operand a = {};
+  Operand b = {};                // B, unless packed
+  const void* packed = nullptr;  // the group's packed panels
+  int64_t first_row = 0;
+  int64_t rows = 0;
+  int64_t first_panel = 0;
+  int64_t end_panel = 0;
+  int64_t columns = 0;  // of the whole product (of gate, if gated)
+  int64_t depth = 0;
+  DType dtype = DType::kFloat32;
+};
+
+// Bytes of scratch for tasks of at most `rows` rows, whatever the element type and instruction set.
+inline int64_t panel_scratch_bytes(int64_t rows, int64_t depth, int64_t acc_bytes) {
+  const int64_t lanes = rows * 4 / 3 + kMostRowStride;  // 16 for 14 rows, or 8 for 6
+  const int64_t columns = kPanelGroup * kPanelColumns;
+  return acc_bytes * (lanes * (depth + kPackedDepth) + (rows + kMostRowStride) * columns +
+                      columns * kPanelDepth) +
+         4 * kMaxVectorBytes;
+}
 
 }  // namespace mergeme

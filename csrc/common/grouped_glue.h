@@ -26,59 +26,70 @@ inline void check_expert_offsets(const char* op, const int32_t* offsets, int64_t
     TORCH_CHECK_VALUE(offsets[e] <= offsets[e + 1], op,
                       ": expected expert_offsets to be non-decreasing, got ", offsets[e + 1],
                       " after ", offsets[e], " at position ", e + 1);
-  TORCH_CHECK_VALUE(offsets[num_experts] == rows, op, ": expected expert_offsets to end at ", rows,
-                    ", got ", offsets[num_experts]);
+  TORCH_CHECK_VALUE(offsets[num_experts] <= rows, op,
+                    ": expected expert_offsets to end at most at ", rows, ", got ",
+                    offsets[num_experts]);
 }
 
-struct PlannedBlock {
+struct PlannedTask {
   int64_t expert;
-  int64_t row;
+  int64_t row;  // the task's first, in the order of all experts' rows
   int64_t rows;
-  int64_t column;
-  int64_t columns;
+  int64_t first_panel;
+  int64_t end_panel;
 };
 
 // Cuts `total` into equal parts of at most `most`, rounded up to multiples of `quantum`.
 inline int64_t even_part(int64_t total, int64_t most, int64_t quantum) {
   const int64_t part = ceil_div(total, std::max<int64_t>(1, ceil_div(total, most)));
-  return std::clamp<int64_t>(ceil_div(part, quantum) * quantum, 1, most);
+  return std::max<int64_t>(1, std::min(most, ceil_div(part, quantum) * quantum));
 }
 
-// Blocks of every expert's [rows, columns] product. Only their number depends on the number of
-// threads, and no result depends on it: see grouped_loops.h.
-inline std::vector<PlannedBlock> plan_blocks(const std::vector<int64_t>& boundaries,
-                                             int64_t columns, int64_t max_rows,
-                                             int64_t max_columns) {
+// Tasks of every expert's product of `panels` panels, whose rows of the left operand are `depth`
+// long. Only their number depends on the number of threads, and no result depends on it: see
+// grouped_panels.h.
+inline std::vector<PlannedTask> plan_tasks(const std::vector<int64_t>& boundaries, int64_t panels,
+                                           int64_t depth) {
   const auto num_experts = static_cast<int64_t>(boundaries.size()) - 1;
-  int64_t row_blocks = 0;
+  // The repacked rows of a task take some 8 MB: outer caches hold them between passes.
+  const int64_t max_rows =
+      std::clamp<int64_t>((8 << 20) / (4 * std::max<int64_t>(1, depth)), 112, 1024);
+  int64_t row_parts = 0;
   for (int64_t e = 0; e < num_experts; ++e)
-    row_blocks += ceil_div(boundaries[e + 1] - boundaries[e], max_rows);
-  if (row_blocks == 0 || columns == 0) return {};
-  // Four blocks per thread keep all busy when experts differ in size.
-  const int64_t wanted = ceil_div(4 * at::get_num_threads(), row_blocks);
-  const int64_t most = std::min(max_columns, std::max<int64_t>(96, columns / wanted));
-  const int64_t width = even_part(columns, most, std::min<int64_t>(32, most));
-  std::vector<PlannedBlock> blocks;
+    row_parts += ceil_div(boundaries[e + 1] - boundaries[e], max_rows);
+  if (row_parts == 0 || panels == 0) return {};
+  // Four tasks per thread keep all busy when experts differ in size; one thread needs no split.
+  const int64_t threads = at::get_num_threads();
+  const int64_t splits = threads == 1 ? 1 : ceil_div(4 * threads, row_parts);
+  const int64_t width = even_part(panels, std::max<int64_t>(2, ceil_div(panels, splits)), 2);
+  std::vector<PlannedTask> tasks;
   for (int64_t e = 0; e < num_experts; ++e) {
     const int64_t begin = boundaries[e], end = boundaries[e + 1];
-    const int64_t height = even_part(end - begin, max_rows, std::min<int64_t>(16, max_rows));
-    for (int64_t column = 0; column < columns; column += width)
-      for (int64_t row = begin; row < end; row += height)
-        blocks.push_back(
-            {e, row, std::min(height, end - row), column, std::min(width, columns - column)});
+    const int64_t height = even_part(end - begin, max_rows, 14);
+    for (int64_t row = begin; row < end; row += height)
+      for (int64_t p = 0; p < panels; p += width)
+        tasks.push_back({e, row, std::min(height, end - row), p, std::min(p + width, panels)});
   }
-  return blocks;
+  return tasks;
 }
 
-// Calls run(block, scratch) for all blocks, each thread taking the next one when it is free.
+// Calls run(task, scratch) for all tasks, each thread taking the next one when it is free.
 template <typename Run>
-void for_each_block(const std::vector<PlannedBlock>& blocks, Run run) {
-  const auto count = static_cast<int64_t>(blocks.size());
+void for_each_task(const std::vector<PlannedTask>& tasks, int64_t scratch_bytes, Run run) {
+  const auto count = static_cast<int64_t>(tasks.size());
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const at::Tensor scratch = at::empty({kBlockScratchBytes}, at::kByte);
-    for (int64_t i; (i = next.fetch_add(1)) < count;) run(blocks[i], scratch.mutable_data_ptr());
+    const at::Tensor scratch = at::empty({scratch_bytes}, at::kByte);
+    for (int64_t i; (i = next.fetch_add(1)) < count;) run(tasks[i], scratch.mutable_data_ptr());
   });
+}
+
+// The scratch that any of the tasks needs if rows of the left operand are `depth` long.
+inline int64_t scratch_for(const std::vector<PlannedTask>& tasks, int64_t depth,
+                           const at::Tensor& like) {
+  int64_t rows = 0;
+  for (const PlannedTask& task : tasks) rows = std::max(rows, task.rows);
+  return panel_scratch_bytes(rows, depth, like.scalar_type() == at::kDouble ? 8 : 4);
 }
 
 }  // namespace mergeme

@@ -7,9 +7,104 @@ from torch import Tensor, nn
 
 from mergeme_ext.moe.experts import run_experts
 from mergeme_ext.moe.layer import check_silu
+from mergeme_ext.moe.packed_module import (
+    check_packable,
+    pack_parameters,
+    packed_weights,
+    remove_hook,
+    unpack_parameters,
+)
 from mergeme_ext.ops import topk_gating
 
-__all__ = ["SwappedExperts", "use_mergeme_experts"]
+__all__ = ["SwappedExperts", "pack_for_inference", "register", "unpack", "use_mergeme_experts"]
+
+
+def register() -> None:
+    """Add "mergeme" to the implementations that ``experts_implementation`` of transformers names.
+
+    ``from_pretrained(..., experts_implementation="mergeme")``, a configuration's
+    ``_experts_implementation`` and ``model.set_experts_implementation("mergeme")`` then serve every
+    model whose experts use transformers' interface, in inference and training. Weights stay the
+    model's own parameters.
+
+    Raises:
+        ImportError: transformers is missing, or older than its experts interface.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        from mergeme_ext.integrations.experts_interface import experts_forward
+    except ImportError as error:
+        raise ImportError(
+            "register: expected a transformers 5 with an experts interface to be installed; "
+            f"run: pip install --upgrade 'mergeme_ext[hf]' ({error})"
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register("mergeme", experts_forward)
+
+
+def pack_for_inference(model: nn.Module) -> None:
+    """Put packed weights in the place of the experts' parameters of ``model``.
+
+    Without this, inference on the CPU keeps packed copies beside the parameters, which doubles the
+    experts' memory; with it there are only the packed ones. One module is packed after the other,
+    so that the peak is one module's weights more. Results are the same.
+
+    Until ``unpack(model)``: ``state_dict`` and ``save_pretrained`` give the original names and
+    values; the parameters themselves are None and not counted; training, loading a state dict,
+    other experts implementations and running on another device raise.
+
+    Args:
+        model: On the CPU, in float32, bfloat16 or float16, with
+            ``experts_implementation="mergeme"``.
+
+    Raises:
+        ValueError: The model has no such experts, or they are somewhere else or in another dtype.
+    """
+    from mergeme_ext.integrations.experts_interface import packing_options
+
+    options = {}
+    for module in model.modules():
+        if is_experts(module) and module.config._experts_implementation == "mergeme":
+            options[module] = packing_options(module)
+    if not options:
+        raise ValueError(
+            'pack_for_inference: expected a model with experts_implementation="mergeme", '
+            f"got {type(model).__name__} without experts that run it"
+        )
+    for module, layout in options.items():
+        check_packable(module, layout)
+    for module, layout in options.items():
+        if packed_weights(module) is None:
+            pack_parameters(module, layout)
+            module.register_forward_pre_hook(_refuse_others)
+
+
+def unpack(model: nn.Module) -> None:
+    """Give the experts of ``model`` their parameters back, bit for bit what they were.
+
+    They are new parameters: an optimiser made before ``pack_for_inference`` does not know them.
+
+    Args:
+        model: Any; what is not packed stays as it is.
+    """
+    for module in model.modules():
+        if packed_weights(module) is not None:
+            unpack_parameters(module)
+            remove_hook(module._forward_pre_hooks, _refuse_others)
+
+
+def _refuse_others(experts: nn.Module, inputs: tuple) -> None:
+    kind = experts.config._experts_implementation
+    if kind != "mergeme":
+        raise RuntimeError(
+            f"{type(experts).__name__}: weights packed for inference run with "
+            f'experts_implementation="mergeme" only, got {kind!r}; unpack the model'
+        )
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether ``module``'s class dispatches through transformers' experts interface."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated")
 
 
 class SwappedExperts:

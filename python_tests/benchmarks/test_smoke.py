@@ -15,8 +15,8 @@ from benchmarks.processes import measure
 from mergeme_ext.io import CheckpointSource
 from python_tests.support.checkpoints import save
 
-# Runs whole programs, so it has no cases; its own tests are below.
-WHOLE_PROGRAMS = {"bench_merge"}
+# These have no cases of the common kind; their own tests are below and beside this file.
+WHOLE_PROGRAMS = {"bench_merge", "bench_experts", "bench_moe_model"}
 BENCHES = sorted(p.stem for p in Path(harness.__file__).parent.glob("bench_*.py"))
 BENCHES = [name for name in BENCHES if name not in WHOLE_PROGRAMS]
 

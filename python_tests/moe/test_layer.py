@@ -172,6 +172,12 @@ BAD_INPUTS = [
     (lambda: TopKRouter(8, 0, 1), ValueError, "to be positive, got 8 and 0"),
     (lambda: Experts(0, 4, 2), ValueError, "to be positive, got 0, 4 and 2"),
     (lambda: MoELayer(8, 4, 2, score="relu"), ValueError, "score to be one of .* got 'relu'"),
+    (lambda: MoELayer(8, 4, 2, activation="relu"), ValueError, "activation to be one .* 'relu'"),
+    (lambda: MoELayer(8, 4, 2, capacity_factor=0), ValueError, "capacity_factor to be .* got 0"),
+    (lambda: MoELayer(8, 4, 2, drop_policy="x"), ValueError, "drop_policy to be one of .* 'x'"),
+    (lambda: MoELayer(8, 4, 2, shared_gate=True), ValueError, "expected shared_intermediate_size"),
+    (lambda: MoELayer(8, 4, 2, shared_intermediate_size=0), ValueError, "positive, got 0"),
+    (lambda: MoELayer(8, 4, 2, renormalise=True), TypeError, "renormalise"),
     (lambda: MoELayer.from_mixtral(torch.nn.Linear(2, 2)), TypeError, "MixtralSparseMoeBlock"),
 ]
 
@@ -182,11 +188,106 @@ def test_rejects_bad_input(call, kind, message):
         call()
 
 
-def test_from_mixtral_rejects_another_activation():
-    block = stock_block(8, 4, 3, 2, torch.float32)
-    block.experts.act_fn = torch.nn.GELU()
-    with pytest.raises(ValueError, match="activation silu, got GELU"):
-        MoELayer.from_mixtral(block)
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+def every_option(activation, dtype=torch.float64):
+    layer = MoELayer(
+        12,
+        7,
+        6,
+        top_k=3,
+        activation=activation,
+        shared_intermediate_size=5,
+        shared_gate=True,
+        score="sigmoid",
+        renormalize=False,
+        scale=1.5,
+        num_groups=3,
+        top_groups=2,
+        group_score="top2",
+        selection_bias=True,
+        dtype=dtype,
+    )
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(20)
+        layer.router.selection_bias.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_all_options_at_once(activation):
+    layer, f = every_option(activation), ACTIVATIONS[activation]
+    x = tokens((9,), 12, torch.float64)
+    with torch.no_grad():
+        out = layer(x)
+        _, ids, weights = layer.router(x)
+        expected = torch.zeros_like(x)
+        for t, k in [(t, k) for t in range(9) for k in range(3)]:
+            e = ids[t, k]
+            gate, up = (layer.experts.gate_up_proj[e] @ x[t]).chunk(2)
+            expected[t] += weights[t, k] * (layer.experts.down_proj[e] @ (f(gate) * up))
+        shared = layer.shared_expert
+        inner = f(x @ shared.gate_proj.weight.T) * (x @ shared.up_proj.weight.T)
+        share = (x @ layer.shared_expert_gate.weight.T).sigmoid()
+        expected += share * (inner @ shared.down_proj.weight.T)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_of_all_options():
+    layer = every_option("gelu").eval()
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *parameters):
+        swapped = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, swapped, (x,))
+
+    x = tokens((4,), 12, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("policy", ["order", "weight", "token"])
+@pytest.mark.parametrize("factor", [0.25, 0.7, 1.0, 100.0])
+def test_capacity_drops_the_right_choices(factor, policy):
+    layer = MoELayer(12, 7, 4, top_k=2, capacity_factor=factor, drop_policy=policy)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(20)
+    x = tokens((13,), 12, torch.float32) + 0.5
+    _, ids, weights = layer.router(x)
+    capacity = -(-factor * 26 // 4)
+    key = {"order": torch.zeros(13, 2), "weight": weights, "token": weights.amax(1, True)}[policy]
+    key = key.expand(13, 2).detach().flatten().tolist()
+    kept = torch.zeros(26)
+    for e in range(4):
+        slots = (ids.flatten() == e).nonzero().flatten().tolist()
+        kept[sorted(slots, key=lambda s: (-key[s], s))[: int(capacity)]] = 1
+    assert factor == 100 or kept.sum() < 26
+    # A dropped choice has the weight 0; the weights of a token's other choices stay.
+    expected = layer.experts(x, ids, weights * kept.view(13, 2))
+    assert torch.equal(layer(x), expected)
+    out_grad = tokens((13,), 12, torch.float32, seed=3)
+    a = torch.autograd.grad(layer(x), list(layer.parameters()), out_grad)
+    b = torch.autograd.grad(expected, list(layer.parameters()), out_grad)
+    for found, wanted in zip(a, b, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_sentinel_is_no_expert():
+    experts = Experts(8, 4, 3)
+    x = tokens((5,), 8, torch.float32)
+    ids = torch.tensor([[0, 3], [3, 3], [2, 1], [3, 0], [1, 2]], dtype=torch.int32)
+    weights = torch.rand(5, 2)
+    out = experts(x, ids, weights, sentinel=True)
+    assert not out[1].any() and out[0].any()
+    assert torch.equal(out, experts(x, ids % 3, weights * (ids < 3)))
+    with pytest.raises(IndexError, match="got 3"):
+        experts(x, ids, weights)
 
 
 @pytest.mark.slow
@@ -199,3 +300,24 @@ def test_compile_matches_eager(train):
     if train:
         expected = torch.autograd.grad(layer(x).square().sum(), x)
         torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), expected)
+
+
+@pytest.mark.slow
+def test_compile_with_every_option():
+    layer = MoELayer(
+        16,
+        8,
+        4,
+        capacity_factor=0.8,
+        drop_policy="weight",
+        shared_intermediate_size=8,
+        shared_gate=True,
+        selection_bias=True,
+        compute_dtype=torch.float32,
+        dtype=torch.bfloat16,
+    )
+    x = tokens((2, 7), 16, torch.bfloat16)
+    expected, counts = layer(x), layer.router.expert_counts.clone()
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    assert torch.equal(layer.router.expert_counts, 2 * counts) and counts.sum() == 28

@@ -80,6 +80,35 @@ def test_matches_reference(backend, case, dtype):
     check(run(backend, *args), args)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dropped", [1, 5, 20])
+def test_dropped_slots_contribute_nothing(backend, dtype, dropped):
+    x, gate_up, down, weights, offsets, *rest = make([9, 0, 11], 2, 16, 8, dtype, backend.device)
+    args = (x, gate_up, down, weights, offsets.clamp(max=20 - dropped), *rest)
+    check(run(backend, *args), args)
+    floats = [t.clone().requires_grad_() for t in args[:4]]
+    out = run(backend, *floats, *args[4:])
+    right = [t.double().clone().requires_grad_() for t in args[:4]]
+    expected = eager(*right, *args[4:])
+    grads = torch.autograd.grad(out, floats, torch.ones_like(out))
+    exact = torch.autograd.grad(expected, right, torch.ones_like(expected))
+    for ours, theirs in zip(grads, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=0.05, rtol=0.05)
+    left_out = args[5][20 - dropped :].long()
+    assert (grads[3].flatten()[left_out] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_activations(backend, activation):
+    args = make([9, 0, 11], 2, 16, 24, torch.float64, backend.device)
+    out = run(backend, *args, activation=activation)
+    torch.testing.assert_close(out, reference(*args, activation=activation), rtol=1e-12, atol=1e-12)
+    args = (*(t.requires_grad_() for t in args[:4]), *args[4:])
+    torch.autograd.gradcheck(lambda *a: run(backend, *a, activation=activation), args)
+
+
 def misaligned(t):
     """The same values, starting one element after an aligned address."""
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
@@ -188,7 +217,7 @@ def test_rejects_bad_input(backend, name, spoil, error, message):
 
 
 BAD_VALUES = [
-    ("expert_offsets", [0, 2, 5], ValueError, "to end at 6, got 5", "offsets"),
+    ("expert_offsets", [0, 2, 7], ValueError, "to end at most at 6, got 7", "offsets"),
     ("expert_offsets", [0, 7, 6], ValueError, "got 6 after 7 at position 2", "<="),
     ("permutation", [0, 1, 2, 6, 4, 5], IndexError, r"in \[0, 6\), got 6 at position 3", "slot"),
     ("inverse", [0, -1, 2, 3, 4, 5], IndexError, r"in \[0, 6\), got -1 at position 1", "inside"),

@@ -42,6 +42,47 @@ def test_matches_reference(backend, tokens, top_k, num_experts):
     assert_equal(backend.op(OP)(ids, num_experts), reference(ids, num_experts))
 
 
+def make_priority(ids, dtype, seed=1):
+    """Few distinct values of both signs, so that many are equal, and a NaN and infinities."""
+    g = torch.Generator().manual_seed(seed)
+    special = torch.tensor([torch.nan, -torch.inf, torch.inf, -0.0], dtype=dtype)
+    values = torch.cat([torch.arange(-6, 7).to(dtype) / 4, special])
+    return values[torch.randint(len(values), ids.shape, generator=g)].to(ids.device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("priority", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("capacity", [None, 0, 1, 11, 10_000])
+@pytest.mark.parametrize("tokens, top_k, num_experts", [*CASES[:7], (40, 4, 5)])
+def test_dropped_slots(backend, tokens, top_k, num_experts, capacity, priority):
+    """Sentinels and capacity together."""
+    ids = make(tokens, top_k, num_experts + 1, backend.device)
+    assert ids.numel() < 50 or (ids == num_experts).any()
+    keys = None
+    if priority and capacity is not None:
+        keys = make_priority(ids, priority)
+    out = backend.op(OP)(ids, num_experts, sentinel=True, capacity=capacity, priority=keys)
+    assert_equal(out, reference(ids, num_experts, capacity, keys))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_capacity_of_one_crowded_expert(backend, by_priority):
+    ids = torch.full((300, 2), 1, dtype=torch.int32, device=backend.device)
+    keys = make_priority(ids, torch.float32) if by_priority else None
+    for capacity in (64, 599, 600):
+        out = backend.op(OP)(ids, 3, capacity=capacity, priority=keys)
+        assert_equal(out, reference(ids, 3, capacity, keys))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_priority(backend):
+    ids = make(30, 3, 4, backend.device)
+    keys = make_priority(ids, torch.float32)
+    out = backend.op(OP)(ids, 4, capacity=5, priority=keys.t().contiguous().t())
+    assert_equal(out, reference(ids, 4, 5, keys))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("expert", [0, 5, 8])
 def test_all_tokens_to_one_expert(backend, expert):
@@ -63,6 +104,11 @@ def test_strided_and_misaligned_inputs(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registration(backend):
     torch.library.opcheck(backend.op(OP), (make(17, 2, 8, backend.device), 8))
+    args = (make(17, 2, 9, backend.device), 8, torch.rand(17, 2, device=backend.device))
+    options = {"sentinel": True, "capacity": 3}
+    torch.library.opcheck(backend.op(OP), args, options)
+    out = backend.op(OP)(*args[:2], args[2].requires_grad_(), **options)
+    assert not any(t.requires_grad for t in out)
 
 
 BAD_INPUTS = [
@@ -83,6 +129,45 @@ BAD_INPUTS = [
 def test_rejects_bad_input(backend, spoil, error, message):
     with pytest.raises(error, match=f"mergeme::{OP}: {message}"):
         backend.op(OP)(*spoil(make(5, 2, 8, backend.device)))
+
+
+BAD_OPTIONS = [
+    (lambda t: {"capacity": -1}, ValueError, r"expected capacity in \[0, 2\^31 - 1\] .*, got -1"),
+    (lambda t: {"capacity": 2**31}, ValueError, "expected capacity in .*, got 2147483648"),
+    (
+        lambda t: {"priority": t.float()},
+        ValueError,
+        "expected priority to be None without a capacity, got a tensor",
+    ),
+    (
+        lambda t: {"capacity": 2, "priority": t.half()},
+        TypeError,
+        "expected priority to be float32 or float64, got float16",
+    ),
+    (
+        lambda t: {"capacity": 2, "priority": t[1:].float()},
+        ValueError,
+        r"expected priority of shape \[5, 2\], got \[4, 2\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spoil, error, message", BAD_OPTIONS)
+def test_rejects_bad_options(backend, spoil, error, message):
+    ids = make(5, 2, 8, backend.device)
+    with pytest.raises(error, match=f"mergeme::{OP}: {message}"):
+        backend.op(OP)(ids, 8, **spoil(ids))
+
+
+@pytest.mark.parametrize("backend, error", [(CPU, IndexError), (SIMT, RuntimeError)])
+@pytest.mark.parametrize("bad", [-1, 9])
+def test_rejects_id_beyond_the_sentinel(backend, error, bad):
+    ids = make(40, 2, 8)
+    ids[18, 1] = bad
+    message = rf"expected topk_ids in \[0, 8\], got {bad} at \[18, 1\]|device assert: expert >= 0"
+    with pytest.raises(error, match=message):
+        backend.op(OP)(ids, 8, sentinel=True)
 
 
 @pytest.mark.parametrize("backend, error", [(CPU, IndexError), (SIMT, RuntimeError)])
@@ -124,18 +209,23 @@ def test_is_a_stable_sort(backend, tokens, top_k, num_experts, seed):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_thread_order_changes_no_bit(schedule):
     ids = make(420, 3, 40)
+    keys = make_priority(ids, torch.float32)
     with schedule:
         assert_equal(SIMT.op(OP)(ids, 40), reference(ids, 40))
+        out = SIMT.op(OP)(ids, 40, capacity=20, priority=keys)
+        assert_equal(out, reference(ids, 40, 20, keys))
 
 
 def test_thread_count_changes_no_bit():
     ids = make(30_000, 2, 60)
-    expected = CPU.op(OP)(ids, 60)
+    keys = make_priority(ids, torch.float32)
+    expected, capped = CPU.op(OP)(ids, 60), CPU.op(OP)(ids, 60, capacity=700, priority=keys)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert_equal(CPU.op(OP)(ids, 60), expected)
+            assert_equal(CPU.op(OP)(ids, 60, capacity=700, priority=keys), capped)
     finally:
         torch.set_num_threads(threads)
 

@@ -15,9 +15,17 @@ def _softmax(z):
     return [_exp(x - top) / total for x in z]
 
 
+def _softplus(x):
+    return max(x, 0.0) + math.log1p(_exp(-abs(x)))
+
+
 def _scores(z, score):
     if score == "softmax":
         return _softmax(z)
+    if score == "none":
+        return z
+    if score == "sqrtsoftplus":
+        return [math.sqrt(_softplus(x)) for x in z]
     return [1 / (1 + _exp(-x)) if x >= 0 else _exp(x) / (1 + _exp(x)) for x in z]
 
 
@@ -35,6 +43,33 @@ def select(keys, top_k):
     return torch.tensor(ids, dtype=torch.int32).view(len(keys), top_k)
 
 
+def scores(logits, score):
+    """float64 [T, E]: the scores, without bias."""
+    rows = [_scores(z, score) for z in logits.detach().double().cpu().tolist()]
+    return torch.tensor(rows, dtype=torch.float64).view(logits.shape)
+
+
+def group_scores(scores, num_groups, group_score):
+    """float64 [T, G]: the largest of a group's scores, or the sum of its two largest."""
+    taken = 1 if group_score == "max" else 2
+    rows = []
+    for row in scores.tolist():
+        size = len(row) // num_groups
+        groups = [row[g * size : (g + 1) * size] for g in range(num_groups)]
+        rows.append([sum(sorted(group, reverse=True)[:taken]) for group in groups])
+    return torch.tensor(rows, dtype=torch.float64).view(len(scores), num_groups)
+
+
+def open_experts(groups, num_groups, num_experts):
+    """Bool [T, E]: which experts lie in the ``groups`` [T, top_groups] of their row, of G."""
+    mask = torch.zeros(len(groups), num_experts, dtype=torch.bool)
+    size = num_experts // num_groups
+    for row, chosen in zip(mask, groups.tolist(), strict=True):
+        for g in chosen:
+            row[g * size : (g + 1) * size] = True
+    return mask
+
+
 def gate_weights(logits, ids, score, renormalize, scale):
     """float64 [T, K]: the weights of the experts ``ids``."""
     weights = []
@@ -45,6 +80,10 @@ def gate_weights(logits, ids, score, renormalize, scale):
             row = [scores[e] for e in chosen]
         elif score == "softmax":
             row = _softmax(picked)
+        elif score == "none":
+            row = [x / sum(picked) for x in picked]
+        elif score == "sqrtsoftplus":  # by logarithms; softplus(x) is exp(x) where x is very low
+            row = _softmax([0.5 * (math.log(_softplus(x)) if x > -700 else x) for x in picked])
         else:  # by logarithms of sigmoids, whose ratios exist where the scores underflow
             row = _softmax([min(x, 0.0) - math.log1p(_exp(-abs(x))) for x in picked])
         weights.append([scale * w for w in row])

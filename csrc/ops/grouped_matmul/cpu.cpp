@@ -1,5 +1,7 @@
+#include <cstring>
+
 #include "csrc/ops/grouped_matmul/checks.h"
-#include "csrc/ops/grouped_matmul/cpu_loops.h"
+#include "csrc/ops/grouped_matmul/cpu_matrix.h"
 
 namespace mergeme::grouped_matmul {
 namespace {
@@ -7,12 +9,6 @@ namespace {
 const char* address(const at::Tensor& t, int64_t element) {
   return static_cast<const char*>(t.const_data_ptr()) + element * t.element_size();
 }
-
-// A block of V values by W values keeps its sums in second-level cache; in nt the rows of a are V,
-// because turning them (not the weights) into panels costs one transposition.
-constexpr int64_t kRowsNt = 128, kColumnsNt = kMaxBlockSums / kRowsNt;
-constexpr int64_t kRows = 192, kColumns = kMaxBlockV;
-static_assert(kRows * kColumns <= kMaxBlockSums);
 
 template <Layout kLayout>
 at::Tensor run_cpu(const at::Tensor& a, const at::Tensor& b, const at::Tensor& expert_offsets) {
@@ -26,37 +22,37 @@ at::Tensor run_cpu(const at::Tensor& a, const at::Tensor& b, const at::Tensor& e
 
   std::vector<int64_t> tokens(num_experts + 1), rows(num_experts + 1);
   const int64_t n = out.size(-1), k = a.size(1);
+  int64_t depth = k;  // the deepest expert's
+  if (kLayout == Layout::kTn) depth = 0;
   for (int64_t e = 0; e <= num_experts; ++e) {
     tokens[e] = offsets.const_data_ptr<int32_t>()[e];
     rows[e] = kLayout == Layout::kTn ? e * k : tokens[e];  // rows of out, expert after expert
+    if (kLayout == Layout::kTn && e > 0) depth = std::max(depth, tokens[e] - tokens[e - 1]);
   }
-  constexpr bool kNt = kLayout == Layout::kNt;
-  const auto blocks = plan_blocks(rows, n, kNt ? kRowsNt : kRows, kNt ? kColumnsNt : kColumns);
-  for_each_block(blocks, [&](const PlannedBlock& p, void* scratch) {
-    GroupedBlock block{.a = nullptr,
-                       .b = nullptr,
-                       .out = out_ptr + (p.row * n + p.column) * out.element_size(),
-                       .rows = p.rows,
-                       .columns = p.columns,
-                       .depth = k,
-                       .lda = k,
-                       .ldb = kNt ? k : n,
-                       .ldo = n,
-                       .dtype = dtype_of(a)};
-    if constexpr (kLayout == Layout::kNt) {
-      block.a = address(left, p.row * k);
-      block.b = address(right, (p.expert * n + p.column) * k);
-      MERGEME_CALL_LOOPS(multiply_nt, block, scratch);
-    } else if constexpr (kLayout == Layout::kNn) {
-      block.a = address(left, p.row * k);
-      block.b = address(right, p.expert * k * n + p.column);
-      MERGEME_CALL_LOOPS(multiply_nn, block, scratch);
+  if constexpr (kLayout != Layout::kTn) {  // rows of no expert
+    const int64_t used = tokens[num_experts] * n * out.element_size();
+    std::memset(out_ptr + used, 0, out.nbytes() - used);
+  }
+  const auto tasks = plan_tasks(rows, ceil_div(n, kPanelColumns), depth);
+  for_each_task(tasks, scratch_for(tasks, depth, a), [&](const PlannedTask& p, void* scratch) {
+    PanelTask task{.rows = p.rows,
+                   .first_panel = p.first_panel,
+                   .end_panel = p.end_panel,
+                   .columns = n,
+                   .depth = k,
+                   .dtype = dtype_of(a)};
+    if constexpr (kLayout == Layout::kTn) {
+      const int64_t first = tokens[p.expert];
+      task.depth = tokens[p.expert + 1] - first;
+      task.first_row = p.row - rows[p.expert];
+      task.a = {.data = address(left, first * k), .ld = k, .across = true};
+      task.b = {.data = address(right, first * n), .ld = n, .across = true};
     } else {
-      block.depth = tokens[p.expert + 1] - tokens[p.expert];
-      block.a = address(left, tokens[p.expert] * k + (p.row - rows[p.expert]));
-      block.b = address(right, tokens[p.expert] * n + p.column);
-      MERGEME_CALL_LOOPS(multiply_tn, block, scratch);
+      constexpr bool kNt = kLayout == Layout::kNt;
+      task.a = {.data = address(left, p.row * k), .ld = k};
+      task.b = {.data = address(right, p.expert * n * k), .ld = kNt ? k : n, .across = !kNt};
     }
+    multiply(task, out_ptr + p.row * n * out.element_size(), n, false, scratch);
   });
   return out;
 }

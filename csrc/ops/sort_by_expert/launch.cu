@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "csrc/ops/sort_by_expert/kernel.cuh"
 #include "csrc/simt/launch.h"
 
@@ -9,7 +11,7 @@ void run(const Params& p, void* stream) {
   const simt::LaunchConfig warps{
       .grid = static_cast<unsigned>(p.num_chunks),
       .block = simt::kWarpSize,
-      .shared_bytes = kShared ? sizeof(int32_t) * static_cast<size_t>(p.num_experts) : 0,
+      .shared_bytes = kShared ? sizeof(int32_t) * static_cast<size_t>(p.num_buckets) : 0,
       .stream = stream};
   simt::launch("sort_by_expert count", warps, count_kernel<kShared>, p);
   simt::launch("sort_by_expert scan",
@@ -25,10 +27,19 @@ void run(const Params& p, void* stream) {
 
 void launch(const Params& p, void* stream) {
   constexpr int64_t kSharedExperts = 4096;  // 16 KB of counters: a dozen warps still share an SM
-  if (p.num_experts <= kSharedExperts)
+  if (p.num_buckets <= kSharedExperts)
     run<true>(p, stream);
   else
     run<false>(p, stream);
+}
+
+void launch_drop(const DropParams& p, void* stream) {
+  constexpr int64_t kMaxBlocks = 4096;
+  if (p.num_slots == 0) return;
+  const simt::LaunchConfig warps{.grid = static_cast<unsigned>(std::min(p.num_experts, kMaxBlocks)),
+                                 .block = simt::kWarpSize,
+                                 .stream = stream};
+  simt::launch("sort_by_expert drop", warps, p.wide ? drop_kernel<double> : drop_kernel<float>, p);
 }
 
 }  // namespace mergeme::sort_by_expert

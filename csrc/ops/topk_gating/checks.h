@@ -15,9 +15,40 @@ inline at::ScalarType weight_type(const at::Tensor& logits) {
 }
 
 inline Score check_score(const char* op, std::string_view score) {
-  TORCH_CHECK_VALUE(score == "softmax" || score == "sigmoid", op,
-                    ": expected score to be 'softmax' or 'sigmoid', got '", score, "'");
-  return score == "softmax" ? Score::kSoftmax : Score::kSigmoid;
+  if (score == "softmax") return Score::kSoftmax;
+  if (score == "sigmoid") return Score::kSigmoid;
+  if (score == "sqrtsoftplus") return Score::kSqrtSoftplus;
+  TORCH_CHECK_VALUE(score == "none", op,
+                    ": expected score to be 'softmax', 'sigmoid', 'sqrtsoftplus' or 'none', got '",
+                    score, "'");
+  return Score::kNone;
+}
+
+struct Groups {
+  int64_t count;
+  int64_t top;
+  GroupScore score;
+};
+
+inline Groups check_groups(int64_t num_experts, int64_t top_k, int64_t num_groups,
+                           int64_t top_groups, std::string_view group_score) {
+  TORCH_CHECK_VALUE(num_groups >= 1 && num_groups <= kMaxGroups && num_experts % num_groups == 0,
+                    kOp, ": expected num_groups to divide E = ", num_experts, " and be in [1, ",
+                    kMaxGroups, "], got ", num_groups);
+  const int64_t size = num_experts / num_groups;
+  TORCH_CHECK_VALUE(top_groups >= 1 && top_groups <= num_groups, kOp,
+                    ": expected top_groups in [1, num_groups = ", num_groups, "], got ",
+                    top_groups);
+  TORCH_CHECK_VALUE(top_k <= top_groups * size, kOp, ": expected top_k of at most ",
+                    top_groups * size, ", the experts of ", top_groups, " groups, got ", top_k);
+  TORCH_CHECK_VALUE(group_score == "max" || group_score == "top2", kOp,
+                    ": expected group_score to be 'max' or 'top2', got '", group_score, "'");
+  const bool top2 = group_score == "top2";
+  TORCH_CHECK_VALUE(!top2 || num_groups == 1 || size >= 2, kOp,
+                    ": expected groups of at least 2 experts for group_score 'top2', got ", size);
+  // With every group taken there is nothing to choose.
+  return {top_groups == num_groups ? 1 : num_groups, top_groups == num_groups ? 1 : top_groups,
+          top2 ? GroupScore::kTop2 : GroupScore::kMax};
 }
 
 inline void check_logits(const char* op, const at::Tensor& logits) {

@@ -14,8 +14,11 @@ int64_t grain(int64_t num_experts) { return std::max<int64_t>(1, 16384 / num_exp
 
 std::tuple<at::Tensor, at::Tensor> run_cpu(const at::Tensor& logits,
                                            const std::optional<at::Tensor>& bias, int64_t top_k,
-                                           c10::string_view score, bool renormalize, double scale) {
+                                           c10::string_view score, bool renormalize, double scale,
+                                           int64_t num_groups, int64_t top_groups,
+                                           c10::string_view group_score) {
   const Score kind = check(logits, bias, top_k, score);
+  const Groups groups = check_groups(logits.size(1), top_k, num_groups, top_groups, group_score);
   const at::Tensor z = logits.contiguous();
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
   const at::Tensor ids = at::empty({z.size(0), top_k}, z.options().dtype(at::kInt));
@@ -27,12 +30,15 @@ std::tuple<at::Tensor, at::Tensor> run_cpu(const at::Tensor& logits,
                  .num_tokens = z.size(0),
                  .num_experts = z.size(1),
                  .top_k = top_k,
+                 .num_groups = groups.count,
+                 .top_groups = groups.top,
                  .scale = scale,
                  .dtype = dtype_of(z),
                  .score = kind,
+                 .group_score = groups.score,
                  .renormalize = renormalize};
   at::parallel_for(0, p.num_tokens, grain(p.num_experts), [&](int64_t begin, int64_t end) {
-    std::vector<double> room(kRows * row_room(p.num_experts, p.top_k));
+    std::vector<double> room(room_size(p));
     MERGEME_CALL_LOOPS(forward, p, begin, end, room.data());
   });
   return {ids, weights};
@@ -57,7 +63,7 @@ at::Tensor run_cpu_backward(const at::Tensor& grad, const at::Tensor& logits,
                          .score = kind,
                          .renormalize = renormalize};
   at::parallel_for(0, p.num_tokens, grain(p.num_experts), [&](int64_t begin, int64_t end) {
-    std::vector<double> room(kRows * row_room(p.num_experts, p.top_k));
+    std::vector<double> room(room_size(p));
     const int64_t bad = MERGEME_CALL_LOOPS(backward, p, begin, end, room.data());
     TORCH_CHECK_INDEX(bad < 0, kBackwardOp, ": expected topk_ids in [0, ", p.num_experts, "), got ",
                       p.ids[bad], " at [", bad / p.top_k, ", ", bad % p.top_k, "]");

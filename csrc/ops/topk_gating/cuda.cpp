@@ -7,8 +7,10 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> run_device(const at::Tensor& logits,
                                               const std::optional<at::Tensor>& bias, int64_t top_k,
                                               c10::string_view score, bool renormalize,
-                                              double scale) {
+                                              double scale, int64_t num_groups, int64_t top_groups,
+                                              c10::string_view group_score) {
   const Score kind = check(logits, bias, top_k, score);
+  const Groups groups = check_groups(logits.size(1), top_k, num_groups, top_groups, group_score);
   const DeviceScope device(logits);
   const at::Tensor z = logits.contiguous();
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
@@ -21,9 +23,12 @@ std::tuple<at::Tensor, at::Tensor> run_device(const at::Tensor& logits,
           .num_tokens = z.size(0),
           .num_experts = z.size(1),
           .top_k = top_k,
+          .num_groups = groups.count,
+          .top_groups = groups.top,
           .scale = scale,
           .dtype = dtype_of(z),
           .score = kind,
+          .group_score = groups.score,
           .renormalize = renormalize},
          device.stream());
   return {ids, weights};

@@ -24,6 +24,49 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
+// The formulas of scores.h for a score known at run time: a warp branches as one, and kernels need
+// not be compiled for each score.
+template <typename A>
+__device__ __forceinline__ A level(Score score, A z) {
+  if (score == Score::kSoftmax) return level<Score::kSoftmax>(z);
+  if (score == Score::kSigmoid) return level<Score::kSigmoid>(z);
+  if (score == Score::kSqrtSoftplus) return level<Score::kSqrtSoftplus>(z);
+  return level<Score::kNone>(z);
+}
+template <typename A>
+__device__ __forceinline__ A share(Score score, A z, A top) {
+  if (score == Score::kSoftmax) return share<Score::kSoftmax>(z, top);
+  if (score == Score::kSigmoid) return share<Score::kSigmoid>(z, top);
+  if (score == Score::kSqrtSoftplus) return share<Score::kSqrtSoftplus>(z, top);
+  return share<Score::kNone>(z, top);
+}
+template <typename A>
+__device__ __forceinline__ A lone_score(Score score, A z) {
+  if (score == Score::kSigmoid) return lone_score<Score::kSigmoid>(z);
+  if (score == Score::kSqrtSoftplus) return lone_score<Score::kSqrtSoftplus>(z);
+  return z;
+}
+template <typename A>
+__device__ __forceinline__ A log_slope(Score score, A z) {
+  if (score == Score::kSigmoid) return log_slope<Score::kSigmoid>(z);
+  if (score == Score::kSqrtSoftplus) return log_slope<Score::kSqrtSoftplus>(z);
+  return A(1);
+}
+template <typename A>
+__device__ __forceinline__ A usable_sum(Score score, A top, A sum) {
+  return score == Score::kNone ? usable_sum<Score::kNone>(top, sum)
+                               : usable_sum<Score::kSoftmax>(top, sum);
+}
+template <typename A>
+__device__ __forceinline__ key_t<A> top2_key(Score score, key_t<A> first, key_t<A> second,
+                                             bool biased, A top) {
+  if (score == Score::kSigmoid) return top2_key<Score::kSigmoid>(first, second, biased, top);
+  if (score == Score::kSqrtSoftplus)
+    return top2_key<Score::kSqrtSoftplus>(first, second, biased, top);
+  if (score == Score::kNone) return top2_key<Score::kNone>(first, second, biased, top);
+  return top2_key<Score::kSoftmax>(first, second, biased, top);
+}
+
 template <typename A>
 struct Normalizer {
   A top;  // the largest level
@@ -42,7 +85,59 @@ __device__ Normalizer<A> normalizer(Score score, int64_t n, At z_at) {
   top = finite_top(warp_max(top));
   A sum = 0;
   for (int64_t i = lane; i < n; i += kLanes) sum += share(score, z_at(i), top);
-  return {top, nonzero_sum(warp_sum(sum))};
+  return {top, usable_sum(score, top, warp_sum(sum))};
+}
+
+// The largest and the second largest of the lanes' two.
+template <typename Key>
+__device__ __forceinline__ void warp_top2(Key& first, Key& second) {
+  for (int step = 16; step > 0; step /= 2) {
+    const Key a = __shfl_xor_sync(simt::kFullWarp, first, step);
+    const Key b = __shfl_xor_sync(simt::kFullWarp, second, step);
+    const Key lower = a < first ? a : first, higher = b > second ? b : second;
+    first = a > first ? a : first;
+    second = lower > higher ? lower : higher;
+  }
+}
+
+// Makes groups[g] kTakenKey for the top groups of a token and leaves another key for the others.
+// One warp; key_at(e) is called by lane e % 32 only.
+template <typename A, typename At>
+__device__ void choose_groups(const Params& p, A top, key_t<A>* groups, At key_at) {
+  using Key = key_t<A>;
+  const int32_t lane = static_cast<int32_t>(simt::lane_id());
+  const int32_t num_groups = static_cast<int32_t>(p.num_groups);
+  const int64_t size = p.num_experts / p.num_groups;
+  for (int32_t g = 0; g < num_groups; ++g) {
+    Key first = kTakenKey<A>, second = kTakenKey<A>;
+    const int64_t begin = g * size, end = begin + size;
+    const int64_t skip = (lane - begin % kLanes + kLanes) % kLanes;
+    for (int64_t e = begin + skip; e < end; e += kLanes) {
+      const Key key = key_at(e), lower = key < first ? key : first;
+      first = key > first ? key : first;
+      second = lower > second ? lower : second;
+    }
+    if (p.group_score == GroupScore::kTop2) {
+      warp_top2(first, second);
+      first = top2_key<A>(p.score, first, second, p.bias != nullptr, top);
+    } else {
+      first = warp_max(first);
+    }
+    if (lane == g % kLanes) groups[g] = first;
+  }
+  for (int64_t i = 0; i < p.top_groups; ++i) {  // a lane reads and writes its own groups only
+    Key best = kTakenKey<A>;
+    int32_t group = std::numeric_limits<int32_t>::max();
+    for (int32_t g = lane; g < num_groups; g += kLanes)
+      if (groups[g] > best) {
+        best = groups[g];
+        group = g;
+      }
+    group = __reduce_min_sync(simt::kFullWarp,
+                              best == warp_max(best) ? group : std::numeric_limits<int32_t>::max());
+    if (lane == group % kLanes) groups[group] = kTakenKey<A>;
+  }
+  __syncwarp();
 }
 
 // ids[t] = the top_k experts of token t by score(logits[t]) + bias, weights[t] = their scores,
@@ -58,28 +153,35 @@ __global__ void topk_kernel(Params p) {
   const int64_t warps_per_block = blockDim.x / simt::kWarpSize;
   const int64_t step = gridDim.x * warps_per_block;
   const A scale = static_cast<A>(p.scale);
-  const bool softmax = p.score == Score::kSoftmax;
+  const Score score = p.score;
+  const bool softmax = score == Score::kSoftmax;
+  Key* groups = simt::dynamic_shared<Key>() + simt::warp_id() * p.num_groups;
   for (int64_t t = blockIdx.x * warps_per_block + simt::warp_id(); t < p.num_tokens; t += step) {
     const T* logits = static_cast<const T*>(p.logits) + t * p.num_experts;
     int32_t* ids = p.ids + t * p.top_k;
     A* weights = static_cast<A*>(p.weights) + t * p.top_k;
     const auto logit = [&](int64_t e) { return to_acc(logits[e]); };
     Normalizer<A> all{A(0), A(1)};
-    if (softmax && (p.bias != nullptr || !p.renormalize))
-      all = normalizer<A>(p.score, p.num_experts, logit);
+    if (softmax && needs_all(p)) all = normalizer<A>(score, p.num_experts, logit);
+    const A inverse = A(1) / all.sum;
     // Without a bias the logits' order is the scores', without the ties that rounding makes.
     const auto key_at = [&](int64_t e) {
       A x = logit(e);
       if (p.bias != nullptr)
-        x = (softmax ? share(p.score, x, all.top) / all.sum : sigmoid(x)) + A(p.bias[e]);
+        x = (softmax ? share(score, x, all.top) * inverse : lone_score(score, x)) + A(p.bias[e]);
       return order_key(x);
+    };
+    const int64_t group_size = p.num_experts / p.num_groups;
+    if (p.num_groups > 1) choose_groups<A>(p, all.top, groups, key_at);
+    const auto is_open = [&](int64_t e) {
+      return p.num_groups == 1 || groups[e / group_size] == kTakenKey<A>;
     };
 
     [[maybe_unused]] Key keys[kPerLane > 0 ? kPerLane : 1];
 #pragma unroll
     for (int r = 0; r < kPerLane; ++r) {
       const int64_t e = lane + r * kLanes;
-      keys[r] = e < p.num_experts ? key_at(e) : kTakenKey<A>;
+      keys[r] = e < p.num_experts && is_open(e) ? key_at(e) : kTakenKey<A>;
     }
     Key last = kNanKey<A>;
     int32_t taken = -1;
@@ -97,7 +199,7 @@ __global__ void topk_kernel(Params p) {
       } else {
         for (int64_t e = lane; e < p.num_experts; e += kLanes) {
           const Key key = key_at(e);
-          if (key > best && (key < last || (key == last && e > taken))) {
+          if (key > best && (key < last || (key == last && e > taken)) && is_open(e)) {
             best = key;
             expert = static_cast<int32_t>(e);
           }
@@ -112,24 +214,25 @@ __global__ void topk_kernel(Params p) {
       if (lane == k % kLanes) ids[k] = taken;
       has_nan = has_nan || last == kNanKey<A>;
     }
+    __syncwarp();  // the groups' keys are read before the next token's are written
 
     const auto selected = [&](int64_t k) { return to_acc(logits[ids[k]]); };
-    if (p.renormalize) all = normalizer<A>(p.score, p.top_k, selected);
+    if (p.renormalize) all = normalizer<A>(score, p.top_k, selected);
     for (int64_t k = lane; k < p.top_k; k += kLanes) {
       const A z = selected(k);
-      const A w = softmax || p.renormalize ? share(p.score, z, all.top) / all.sum : sigmoid(z);
+      const A w =
+          softmax || p.renormalize ? share(score, z, all.top) / all.sum : lone_score(score, z);
       weights[k] = has_nan ? std::numeric_limits<A>::quiet_NaN() : w * scale;
     }
   }
 }
 
 // grad_logits from grad, the gradient of the weights w = scale * v, with s = sum_i v_i grad_i over
-// the selected experts:
-//   softmax, renormalised    scale * v_j (grad_j - s) where selected, 0 elsewhere
-//   softmax                  scale * p_j (grad_j - s) where selected, -scale * p_j s elsewhere
-//   sigmoid, renormalised    scale * v_j (1 - sigmoid(z_j)) (grad_j - s) where selected, 0
-//   elsewhere sigmoid                  scale * v_j (1 - sigmoid(z_j)) grad_j where selected, 0
-//   elsewhere
+// the selected experts and r_j = d log(score_j) / d logit_j:
+//   softmax                       scale * p_j (grad_j - s) where selected, -scale * p_j s elsewhere
+//   softmax, renormalised         scale * v_j (grad_j - s) where selected, 0 elsewhere
+//   another score, renormalised   scale * v_j r_j (grad_j - s) where selected, 0 elsewhere
+//   another score                 scale * v_j r_j grad_j where selected, 0 elsewhere
 // One warp owns a token. It fills the row, waits, then writes the selected: ids are distinct, so
 // lanes write apart.
 template <typename T>
@@ -139,7 +242,8 @@ __global__ void backward_kernel(BackwardParams p) {
   const int64_t warps_per_block = blockDim.x / simt::kWarpSize;
   const int64_t step = gridDim.x * warps_per_block;
   const A scale = static_cast<A>(p.scale);
-  const bool softmax = p.score == Score::kSoftmax, normalized = softmax || p.renormalize;
+  const Score score = p.score;
+  const bool normalized = score == Score::kSoftmax || p.renormalize;
   for (int64_t t = blockIdx.x * warps_per_block + simt::warp_id(); t < p.num_tokens; t += step) {
     const T* logits = static_cast<const T*>(p.logits) + t * p.num_experts;
     T* out = static_cast<T*>(p.grad_logits) + t * p.num_experts;
@@ -152,24 +256,26 @@ __global__ void backward_kernel(BackwardParams p) {
     Normalizer<A> all{A(0), A(1)};
     A s = 0;
     if (normalized) {
-      all = p.renormalize ? normalizer<A>(p.score, p.top_k, selected)
-                          : normalizer<A>(p.score, p.num_experts,
-                                          [&](int64_t e) { return to_acc(logits[e]); });
+      if (p.renormalize)
+        all = normalizer<A>(score, p.top_k, selected);
+      else
+        all = normalizer<A>(score, p.num_experts, [&](int64_t e) { return to_acc(logits[e]); });
       for (int64_t k = lane; k < p.top_k; k += kLanes)
-        s += share(p.score, selected(k), all.top) / all.sum * grad[k];
+        s += share(score, selected(k), all.top) / all.sum * grad[k];
       s = warp_sum(s);
     }
     for (int64_t e = lane; e < p.num_experts; e += kLanes) {
       A x = 0;
-      if (softmax && !p.renormalize)
-        x = scale * (share(p.score, to_acc(logits[e]), all.top) / all.sum * -s);
+      if (score == Score::kSoftmax && !p.renormalize)
+        x = scale * (share(score, to_acc(logits[e]), all.top) / all.sum * -s);
       out[e] = from_acc<T>(x);
     }
     __syncwarp();
     for (int64_t k = lane; k < p.top_k; k += kLanes) {
       const A z = selected(k);
-      A v = normalized ? share(p.score, z, all.top) / all.sum : sigmoid(z);
-      if (!softmax) v *= sigmoid_complement(z);
+      A v = normalized ? share(score, z, all.top) / all.sum : lone_score(score, z);
+      if (score == Score::kNone) v = normalized ? A(1) / all.sum : A(1);
+      if (score != Score::kSoftmax) v *= log_slope(score, z);
       out[ids[k]] = from_acc<T>(scale * (v * (grad[k] - s)));
     }
   }

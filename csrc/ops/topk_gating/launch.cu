@@ -15,19 +15,24 @@ simt::LaunchConfig config(int64_t num_tokens, void* stream) {
           .stream = stream};
 }
 
+template <typename T>
+void run(const Params& p, void* stream) {
+  const auto start = [&](void (*kernel)(Params)) {
+    simt::LaunchConfig c = config(p.num_tokens, stream);
+    if (p.num_groups > 1) c.shared_bytes = kWarps * p.num_groups * sizeof(key_t<acc_t<T>>);
+    simt::launch("topk_gating", c, kernel, p);
+  };
+  if (p.num_experts <= 2 * kLanes) return start(topk_kernel<T, 2>);
+  if (p.num_experts <= 8 * kLanes) return start(topk_kernel<T, 8>);
+  if (p.num_experts <= 32 * kLanes) return start(topk_kernel<T, 32>);
+  start(topk_kernel<T, 0>);
+}
+
 }  // namespace
 
 void launch(const Params& p, void* stream) {
   if (p.num_tokens == 0) return;  // an empty grid is a launch error
-  const auto run = [&](void (*kernel)(Params)) {
-    simt::launch("topk_gating", config(p.num_tokens, stream), kernel, p);
-  };
-  dispatch_floating(p.dtype, [&]<typename T>() {
-    if (p.num_experts <= 2 * kLanes) return run(topk_kernel<T, 2>);
-    if (p.num_experts <= 8 * kLanes) return run(topk_kernel<T, 8>);
-    if (p.num_experts <= 32 * kLanes) return run(topk_kernel<T, 32>);
-    run(topk_kernel<T, 0>);
-  });
+  dispatch_floating(p.dtype, [&]<typename T>() { run<T>(p, stream); });
 }
 
 void launch_backward(const BackwardParams& p, void* stream) {

@@ -5,7 +5,11 @@
 
 namespace mergeme::topk_gating {
 
-enum class Score : int32_t { kSoftmax, kSigmoid };
+enum class Score : int32_t { kSoftmax, kSigmoid, kSqrtSoftplus, kNone };
+enum class GroupScore : int32_t { kMax, kTop2 };
+
+inline constexpr int64_t kMaxGroups =
+    1024;  // a block of tokens keeps its groups' keys in shared memory
 
 struct Params {
   const void* logits;  // [T, E]
@@ -15,9 +19,12 @@ struct Params {
   int64_t num_tokens;
   int64_t num_experts;  // below 2^31 - 1
   int64_t top_k;        // in [1, num_experts]
+  int64_t num_groups;   // G, divides num_experts
+  int64_t top_groups;   // in [1, G], with at least top_k experts
   double scale;
   DType dtype;  // of logits
   Score score;
+  GroupScore group_score;
   bool renormalize;
 };
 

@@ -5,8 +5,10 @@
 #pragma once
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "csrc/common/numeric.h"
+#include "csrc/common/order_key.h"
 #include "csrc/ops/topk_gating/params.h"
 
 namespace mergeme::topk_gating {
@@ -67,6 +69,50 @@ MERGEME_HD A minus_infinity() {
   return -std::numeric_limits<A>::infinity();
 }
 
+// log(1 + t) / t for t in [0, 1], within 3 units in the last place: with u = t / (2 + t) it is
+// 2 / (2 + t) * (1 + u^2 / 3 + u^4 / 5 + ...), and u^2 <= 1/9.
+MERGEME_HD float log1p_ratio(float t) {
+  const float q = 1.f / (2.f + t), u = t * q, w = u * u;
+  float y = 1.f / 15;
+  y = y * w + 1.f / 13;
+  y = y * w + 1.f / 11;
+  y = y * w + 1.f / 9;
+  y = y * w + 1.f / 7;
+  y = y * w + 1.f / 5;
+  y = y * w + 1.f / 3;
+  y = y * w + 1.f;
+  return 2.f * q * y;
+}
+MERGEME_HD double log1p_ratio(double t) {
+  const double q = 1.0 / (2.0 + t), u = t * q, w = u * u;
+  double y = 1.0 / 33;
+  y = y * w + 1.0 / 31;
+  y = y * w + 1.0 / 29;
+  y = y * w + 1.0 / 27;
+  y = y * w + 1.0 / 25;
+  y = y * w + 1.0 / 23;
+  y = y * w + 1.0 / 21;
+  y = y * w + 1.0 / 19;
+  y = y * w + 1.0 / 17;
+  y = y * w + 1.0 / 15;
+  y = y * w + 1.0 / 13;
+  y = y * w + 1.0 / 11;
+  y = y * w + 1.0 / 9;
+  y = y * w + 1.0 / 7;
+  y = y * w + 1.0 / 5;
+  y = y * w + 1.0 / 3;
+  y = y * w + 1.0;
+  return 2.0 * q * y;
+}
+
+#if defined(__CUDA_ARCH__)
+MERGEME_HD float square_root(float x) { return __fsqrt_rn(x); }
+MERGEME_HD double square_root(double x) { return __dsqrt_rn(x); }
+#else
+MERGEME_HD float square_root(float x) { return __builtin_sqrtf(x); }
+MERGEME_HD double square_root(double x) { return __builtin_sqrt(x); }
+#endif
+
 // exp(-|z|), the part both halves of the sigmoid share.
 template <typename A>
 MERGEME_HD A exp_minus_abs(A z) {
@@ -83,52 +129,94 @@ MERGEME_HD A sigmoid_complement(A z) {
   const A t = exp_minus_abs(z);
   return (z < A(0) ? A(1) : t) / (A(1) + t);
 }
+// softplus(z) / exp(min(z, 0)), where t = exp(-|z|): at least log(2), and never below the tiniest
+// exponential.
+template <typename A>
+MERGEME_HD A softplus_ratio(A z, A t) {
+  const A ratio = log1p_ratio(t);
+  return z < A(0) ? ratio : z + t * ratio;
+}
 
 // score(z) = share(z, top) * exp(top), up to a factor common to a row. With top the largest level,
-// the largest share is at least 1/2: a sum of shares never underflows, though scores may.
-template <typename A>
-MERGEME_HD A level(Score score, A z) {
-  return score == Score::kSigmoid && z > A(0) ? A(0) : z;
+// the largest share is at least 1/2: a sum of shares never underflows, though scores may. Scores
+// "none" are the logits: their share is the logit, and top the largest magnitude.
+template <Score S, typename A>
+MERGEME_HD A level(A z) {
+  if constexpr (S == Score::kNone) return z < A(0) ? -z : z;
+  if constexpr (S == Score::kSigmoid) return z > A(0) ? A(0) : z;
+  if constexpr (S == Score::kSqrtSoftplus) return z > A(0) ? A(0) : z * A(0.5);
+  return z;
 }
-template <typename A>
-MERGEME_HD A share(Score score, A z, A top) {
-  const A e = exp_nonpositive(level(score, z) - top);
-  return score == Score::kSigmoid ? e / (A(1) + exp_minus_abs(z)) : e;
+template <Score S, typename A>
+MERGEME_HD A share(A z, A top) {
+  if constexpr (S == Score::kNone) return z;
+  const A e = exp_nonpositive(level<S>(z) - top);
+  if constexpr (S == Score::kSigmoid) return e / (A(1) + exp_minus_abs(z));
+  if constexpr (S == Score::kSqrtSoftplus)
+    return e * square_root(softplus_ratio(z, exp_minus_abs(z)));
+  return e;
+}
+// The score by itself; a softmax has none.
+template <Score S, typename A>
+MERGEME_HD A lone_score(A z) {
+  return S == Score::kSigmoid ? sigmoid(z) : share<S>(z, A(0));
+}
+// d log(score) / dz; for a softmax the part that the normalisation adds is left to the caller.
+template <Score S, typename A>
+MERGEME_HD A log_slope(A z) {
+  if constexpr (S == Score::kSigmoid) return sigmoid_complement(z);
+  if constexpr (S == Score::kSqrtSoftplus) {  // sigmoid(z) / (2 softplus(z))
+    const A t = exp_minus_abs(z);
+    return A(0.5) / ((A(1) + t) * softplus_ratio(z, t));
+  }
+  return A(1);
+}
+// An item that adds nothing to a sum of shares.
+template <Score S, typename A>
+MERGEME_HD A neutral() {
+  return S == Score::kNone ? A(0) : minus_infinity<A>();
 }
 // With every level at -inf all scores are zero: shares and weights become 0, not NaN.
 template <typename A>
 MERGEME_HD A finite_top(A top) {
   return top == minus_infinity<A>() ? A(0) : top;
 }
-template <typename A>
-MERGEME_HD A nonzero_sum(A sum) {
+template <Score S, typename A>
+MERGEME_HD A usable_sum(A top, A sum) {
+  if constexpr (S == Score::kNone) return top == A(0) ? -minus_infinity<A>() : sum;
   return sum == A(0) ? A(1) : sum;
 }
 
-// Integers ordered like the numbers they come from: -0 equals 0, and NaN is the largest, so that a
-// token with a NaN selects it.
-template <typename A>
-struct KeyOf {
-  using type = int32_t;
-};
-template <>
-struct KeyOf<double> {
-  using type = int64_t;
-};
-template <typename A>
-using key_t = typename KeyOf<A>::type;
+// The key of a group whose two best experts have the keys `first` and `second`: of the sum of their
+// scores, biased if `biased`. Otherwise the keys are the logits', and a softmax's shares are
+// compared undivided, so that a NaN elsewhere in the row cannot draw the choice away from itself.
+template <Score S, typename A>
+MERGEME_HD key_t<A> top2_key(std::type_identity_t<key_t<A>> first,
+                             std::type_identity_t<key_t<A>> second, bool biased, A top) {
+  const A x = number_of<A>(first), y = number_of<A>(second);
+  if (biased) return order_key(x + y);
+  if constexpr (S == Score::kSoftmax) return order_key(share<S>(x, top) + share<S>(y, top));
+  return order_key(lone_score<S>(x) + lone_score<S>(y));
+}
+// Whether a softmax over all experts is needed, not only over the selected.
+MERGEME_HD bool needs_all(const Params& p) {
+  return p.bias != nullptr || !p.renormalize ||
+         (p.num_groups > 1 && p.group_score == GroupScore::kTop2);
+}
 
-template <typename A>
-inline constexpr key_t<A> kNanKey = std::numeric_limits<key_t<A>>::max();
-template <typename A>
-inline constexpr key_t<A> kTakenKey = std::numeric_limits<key_t<A>>::min();  // below -inf's key
-
-template <typename A>
-MERGEME_HD key_t<A> order_key(A x) {
-  using Key = key_t<A>;
-  const Key bits = static_cast<Key>(bits_of(x + A(0)));  // -0 becomes 0
-  const Key key = bits ^ (bits < 0 ? std::numeric_limits<Key>::max() : Key(0));
-  return x != x ? kNanKey<A> : key;
+// Calls fn.template operator()<S>() for the score named at run time. For host code.
+template <typename F>
+inline void dispatch_score(Score score, F&& fn) {
+  switch (score) {
+    case Score::kSoftmax:
+      return fn.template operator()<Score::kSoftmax>();
+    case Score::kSigmoid:
+      return fn.template operator()<Score::kSigmoid>();
+    case Score::kSqrtSoftplus:
+      return fn.template operator()<Score::kSqrtSoftplus>();
+    case Score::kNone:
+      return fn.template operator()<Score::kNone>();
+  }
 }
 
 }  // namespace mergeme::topk_gating

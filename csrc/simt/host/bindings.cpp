@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "csrc/simt/host/amx.h"
 #include "csrc/simt/host/test_kernels.h"
 
 namespace {
@@ -28,6 +29,18 @@ py::bytes run_test_kernel(const std::string& kernel, const py::bytes& in, const 
   return {reinterpret_cast<const char*>(result.data()), result.size()};
 }
 
+py::bytes run_amx_program(const std::vector<std::pair<std::string, std::vector<int64_t>>>& program,
+                          const py::bytes& memory) {
+  std::vector<mergeme::simt::host::AmxStep> steps;
+  for (const auto& [instruction, operands] : program) steps.push_back({instruction, operands});
+  const auto input = bytes_of(memory);
+  const auto result = [&] {
+    const py::gil_scoped_release release;
+    return mergeme::simt::host::run_amx_program(steps, input);
+  }();
+  return {reinterpret_cast<const char*>(result.data()), result.size()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
@@ -37,4 +50,7 @@ PYBIND11_MODULE(_simt, m) {
   m.attr("sanitizer") = MERGEME_SANITIZE;
   m.def("run_test_kernel", run_test_kernel, py::arg("kernel"), py::arg("in"), py::arg("out"),
         py::arg("n"), py::arg("grid"), py::arg("block"), py::arg("shared_bytes"));
+  m.def("emulate_amx", mergeme::simt::host::emulate_amx, py::arg("on") = true);
+  m.def("emulated_amx_instructions", mergeme::simt::host::emulated_amx_instructions);
+  m.def("run_amx_program", run_amx_program, py::arg("program"), py::arg("memory"));
 }
