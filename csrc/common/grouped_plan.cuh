@@ -49,14 +49,11 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.num_rows; i += step) {
-    if (p.inverse != nullptr) {
-      const int64_t row = p.inverse[i];
-      MERGEME_DEVICE_ASSERT(0 <= row && row < p.num_rows);  // inverse
-    }
+    if (p.inverse != nullptr) MERGEME_DEVICE_ASSERT(0 <= p.inverse[i] && p.inverse[i] < p.num_rows);
     if (p.permutation == nullptr) continue;
-    const int32_t slot = p.permutation[i];
-    MERGEME_DEVICE_ASSERT(0 <= slot && slot < p.num_rows);  // permutation
-    p.tokens[i] = i < p.expert_offsets[p.num_experts] ? slot / static_cast<int32_t>(p.top_k) : -1;
+    MERGEME_DEVICE_ASSERT(0 <= p.permutation[i] && p.permutation[i] < p.num_rows);
+    const bool owned = i < p.expert_offsets[p.num_experts];
+    p.tokens[i] = owned ? p.permutation[i] / static_cast<int32_t>(p.top_k) : -1;
   }
   if (blockIdx.x > 0) return;
   MERGEME_DEVICE_ASSERT(p.expert_offsets[0] == 0);

@@ -28,6 +28,7 @@ def test_readme_shows_the_table():
     assert sass.markdown(sass.read_table()) in sass.README.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", sass.ARCHES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=" ".join)
 def test_no_spills_and_the_expected_instructions(measured, kernel, arch):
@@ -43,6 +44,7 @@ def test_no_spills_and_the_expected_instructions(measured, kernel, arch):
     assert row["LDSM"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", sass.ARCHES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=" ".join)
 def test_figures_are_those_of_the_table(measured, kernel, arch):
