@@ -3,12 +3,13 @@
 from mergeme_ext.moe.experts import Experts, per_expert_state_dict
 from mergeme_ext.moe.layer import MoELayer
 from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict, parallel_parameter_names
-from mergeme_ext.moe.router import TopKRouter
+from mergeme_ext.moe.router import Routing, TopKRouter
 
 __all__ = [
     "Experts",
     "MoELayer",
     "ParallelExperts",
+    "Routing",
     "TopKRouter",
     "full_state_dict",
     "parallel_parameter_names",
