@@ -8,12 +8,13 @@ from mergeme_ext.moe.losses import (
     router_z_loss,
 )
 from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict, parallel_parameter_names
-from mergeme_ext.moe.router import TopKRouter
+from mergeme_ext.moe.router import Routing, TopKRouter
 
 __all__ = [
     "Experts",
     "MoELayer",
     "ParallelExperts",
+    "Routing",
     "TopKRouter",
     "full_state_dict",
     "load_balancing_loss",
