@@ -278,6 +278,16 @@ def test_capacity_drops_the_right_choices(factor, policy):
         torch.testing.assert_close(found, wanted)
 
 
+def test_the_routing_is_the_routers():
+    layer = MoELayer(12, 7, 4, compute_dtype=torch.float32, dtype=torch.bfloat16)
+    x = tokens((2, 5), 12, torch.bfloat16)
+    out, routing = layer(x, return_routing=True)
+    expected = layer.router(x.view(10, 12))
+    assert all(torch.equal(a, b) for a, b in zip(routing, expected, strict=True))
+    assert torch.equal(out, layer(x)) and routing.logits.dtype == torch.float32
+    assert torch.equal(layer(x, return_router_logits=True)[1].view(10, 4), routing.logits)
+
+
 def test_a_sentinel_is_no_expert():
     experts = Experts(8, 4, 3)
     x = tokens((5,), 8, torch.float32)
