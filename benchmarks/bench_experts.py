@@ -122,7 +122,7 @@ class Bench:
         started, firsts = time.perf_counter(), {name: rows[name]["seconds"][0] for name in ready}
         for done in range(options.repeats):
             for name in ready:
-                # A slow contender is timed once; a round of all at least twice, if there is time.
+                # Of a slow contender the call that was checked counts; of others two at least.
                 slow = firsts[name] > options.case_seconds / 4
                 late = time.perf_counter() - started > options.case_seconds
                 if (done >= 2 and late) or (slow and done >= 1):

@@ -18,8 +18,9 @@ from benchmarks.moe_cases import SHAPES, Case, Inputs, Weights
 
 __all__ = ["CONTENDERS", "Contender", "Missing", "find"]
 
-# Weights gathered per slot, of transformers' batched_mm: beyond this a call says nothing.
-GATHERED_BYTES = 4 << 30
+# Copies of weights or of their gradients that a call may make; a call with more takes half a
+# minute and says nothing.
+COPIED_BYTES = 4 << 30
 
 
 class Missing(Exception):
@@ -166,13 +167,17 @@ class Transformers(_Differentiable):
 
     def refuse(self, case: Case) -> None:
         super().refuse(case)
-        if self._implementation != "batched_mm":
-            return
-        shape, size = SHAPES[case.shape], getattr(torch, case.dtype).itemsize
-        slots = case.tokens * shape.top_k
-        gathered = slots * 3 * shape.hidden * shape.intermediate * size
-        if gathered > GATHERED_BYTES:
-            raise Missing(f"would copy {gathered / 2**30:.0f} GiB of weights per call")
+        shape = SHAPES[case.shape]
+        size = getattr(torch, case.dtype).itemsize
+        copied, what = 0, ""
+        if self._implementation == "batched_mm":
+            slots = case.tokens * shape.top_k
+            copied, what = slots * shape.weights // shape.experts * size, "weights"
+        elif self._implementation == "eager" and case.mode == "training":
+            # Each expert's slice of a weight gets a gradient of the whole weight's size.
+            copied, what = shape.experts * shape.weights * size, "gradients"
+        if copied > COPIED_BYTES:
+            raise Missing(f"would make {copied / 2**30:.0f} GiB of {what} per call")
 
     def load(self, weights: Weights, threads: int) -> None:
         try:

@@ -149,9 +149,11 @@ class Remote:
         end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         lines = self._log.read_text(errors="replace").splitlines()
         said = [" ".join(line.replace("what():", "").split()) for line in lines if line.strip()]
-        return f"ended its process with {end} at {self._case.tokens} tokens" + "".join(
-            f": {line}" for line in said[-2:]
-        )
+        # An uncaught C++ exception is two lines, with a stack after it; else the last line counts.
+        thrown = [i for i, line in enumerate(said) if line.startswith("terminate called")]
+        said = said[thrown[0] : thrown[0] + 2] if thrown else said[-1:]
+        end = f"ended its process with {end} at {self._case.tokens} tokens"
+        return ": ".join([end, *said])
 
     def release(self) -> None:
         if self._process is not None:

@@ -6,6 +6,7 @@ python -m benchmarks.report_experts rows.jsonl --readme benchmarks/README.md --p
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ def _bare(reason: str) -> str:
     """A reason without the numbers that differ from case to case."""
     reason = re.sub(r"about \d+ s a call", "too slow a call", reason)
     reason = re.sub(r" at \d+ tokens", "", reason)
-    return re.sub(r"copy \d+ GiB", "copy gigabytes", reason)
+    return re.sub(r"make \d+ GiB", "make gigabytes", reason)
 
 
 def _at(counts: Sequence[int], cases: dict) -> str:
@@ -261,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for path in options.jsonl for line in path.read_text().splitlines()]
     text = report(rows)
+    if options.plot and options.readme:
+        place = os.path.relpath(options.plot, options.readme.parent)
+        text = f"![Multiples of the floor over the number of tokens]({place})\n\n{text}"
     if options.readme:
         into_readme(options.readme, text)
     else:

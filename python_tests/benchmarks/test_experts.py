@@ -131,10 +131,14 @@ def test_memory_is_asked_for_first(monkeypatch):
     assert "best_s" in grouped  # shares the weights that are there
 
 
-def test_gathered_weights_are_refused():
-    case = Case("qwen3", "bfloat16", 1, "forward", "balanced", 512)
-    with pytest.raises(Missing, match=r"would copy \d+ GiB of weights"):
-        experts_contenders.find("transformers_batched_mm", None).refuse(case)
+@pytest.mark.parametrize(
+    "name, mode, tokens, what",
+    [("batched_mm", "forward", 512, "36 GiB of weights"), ("eager", "training", 1, "144 GiB of g")],
+)
+def test_copies_of_weights_are_refused(name, mode, tokens, what):
+    case = Case("qwen3", "bfloat16", 1, mode, "balanced", tokens)
+    with pytest.raises(Missing, match=f"would make {what}"):
+        experts_contenders.find(f"transformers_{name}", None).refuse(case)
 
 
 @pytest.mark.slow
