@@ -10,7 +10,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mergeme_ext.ops import pack_experts, packed_experts, packed_matmul
 
-__all__ = ["PackedExperts", "cached_experts", "cached_matmul", "can_cache", "packed_copies"]
+__all__ = [
+    "PackedExperts",
+    "cached_experts",
+    "cached_matmul",
+    "lets_cache",
+    "needs_grad",
+    "packed_copies",
+]
 
 # What pack_experts lays out for its kernels.
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,27 +135,39 @@ def _state(weight: Tensor) -> tuple:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A view of at least 256 elements as integers, so that NaN equals itself.
+    """A view of some 256 elements, at least two of each expert, as integers: NaN equals itself.
 
-    The step between them is odd, so it walks through all columns of rows with an even length.
+    The step between them is odd, so that it walks through all columns of rows with an even length.
     """
-    elements = max(256, 2 * weight.shape[0])
-    flat = weight.detach().view(-1).view(_BITS[weight.element_size()])
-    return flat[:: max(1, flat.numel() // elements) | 1]
+    step = max(1, weight.numel() // max(256, 2 * weight.shape[0])) | 1
+    count = -(-weight.numel() // step)
+    # One view for speed: this runs in every call of every layer.
+    view = weight.as_strided((count,), (step,), weight.storage_offset())
+    return view.view(_BITS[weight.element_size()])
 
 
-def can_cache(weight: Tensor) -> bool:
-    """Return whether ``weight`` is worth a cached copy: a plain parameter, contiguous, on the CPU.
+def lets_cache(module: nn.Module, x: Tensor, topk_weights: Tensor, *weights: Tensor) -> bool:
+    """Return whether ``module``'s call may use cached copies of ``weights``, and gains by it.
 
-    What is no parameter is computed anew for each call (a parametrisation, an adapter, a gathered
-    shard), and so would its copy be.
+    Only in evaluation mode and without gradients: checkpointing runs the first forward of a
+    training step without gradients too, and the weights will have changed by the next step. And
+    only for plain parameters, contiguous, on the CPU: what is none is computed anew for each call
+    (a parametrisation, an adapter, a gathered shard), and so would its copy be.
     """
-    return (
-        type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
-        and weight.dtype in PACKABLE
-        and weight.is_contiguous()
+    plain = all(
+        type(w) is nn.Parameter and w.device.type == "cpu" and w.is_contiguous() for w in weights
     )
+    return (
+        plain
+        and x.dtype in PACKABLE
+        and not module.training
+        and not needs_grad(module, x, topk_weights)
+    )
+
+
+def needs_grad(module: nn.Module, *inputs: Tensor) -> bool:
+    """Return whether a call of ``module`` with ``inputs`` will be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *module.parameters()))
 
 
 def cached_experts(
