@@ -35,6 +35,8 @@ class Contender(ABC):
 
     isolated = False
     trains = False
+    # Copies of a layer's weights that loading takes at most, beside the one that all share.
+    copies = 0
     variant = ""
 
     def refuse(self, case: Case) -> None:
@@ -106,11 +108,13 @@ class Grouped(_Differentiable):
 class Packed(Contender):
     """Our op over packed weights."""
 
+    copies = 1
+
     def load(self, weights: Weights, threads: int) -> None:
         import mergeme_ext.ops as ops
 
         if not hasattr(ops, "packed_experts"):
-            raise Missing("this build of mergeme_ext has no packed_experts")
+            raise RuntimeError("this build of mergeme_ext has no packed_experts")
         self._ops = ops
         self._gate_up = ops.pack_experts(weights.gate_up, gated=True)
         self._down = ops.pack_experts(weights.down)
@@ -209,6 +213,7 @@ def _package(name: str, peers: str | None) -> Path:
 
 class _Isolated(Contender):
     isolated = True
+    copies = 2
 
     def __init__(self, peers: str | None = None) -> None:
         self._peers = peers

@@ -34,7 +34,7 @@ def groups_of(rows: Sequence[dict]) -> dict[tuple, dict[int, dict[str, dict]]]:
     """Rows by group, by number of tokens, by contender; of a case run twice the last run counts."""
     found: dict[tuple, dict[int, dict[str, dict]]] = {}
     for row in rows:
-        if row.get("op") == bench_experts.OP and "contender" in row:
+        if row.get("op") == bench_experts.OP:
             group = found.setdefault(tuple(row[key] for key in GROUP), {})
             group.setdefault(row["tokens"], {})[row["contender"]] = row
     return found
@@ -197,7 +197,8 @@ def plot(rows: Sequence[dict]) -> str:
     style = {name: number for number, name in enumerate(names)}
     columns = 1 if len(groups) == 1 else 2
     width, height = PANEL
-    top = 26 + 20 * math.ceil(len(names) / 4)
+    in_row = 3 * columns
+    top = 26 + 20 * math.ceil(len(names) / in_row)
     total = top + (height + 30) * math.ceil(len(groups) / columns)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * columns} {total}">'
@@ -205,7 +206,7 @@ def plot(rows: Sequence[dict]) -> str:
         f'<rect width="{width * columns}" height="{total}" fill="#fff"/>'
     ]
     for number, name in enumerate(names):
-        x, y = 16 + 150 * columns * (number % 4), 22 + 20 * (number // 4)
+        x, y = 16 + 204 * (number % in_row), 22 + 20 * (number // in_row)
         dash = ' stroke-dasharray="6 3"' if style[name] >= len(COLOURS) else ""
         out.append(
             f'<g class="s{style[name] % len(COLOURS)}"{dash}>'

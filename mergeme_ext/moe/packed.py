@@ -14,6 +14,7 @@ __all__ = [
     "PackedExperts",
     "cached_experts",
     "cached_matmul",
+    "can_cache",
     "lets_cache",
     "needs_grad",
     "packed_copies",
@@ -146,19 +147,28 @@ def _sample(weight: Tensor) -> Tensor:
     return view.view(_BITS[weight.element_size()])
 
 
+def can_cache(weight: Tensor) -> bool:
+    """Return whether ``weight`` is worth a cached copy: a plain parameter, contiguous, on the CPU.
+
+    What is no parameter is computed anew for each call (a parametrisation, an adapter, a gathered
+    shard), and so would its copy be.
+    """
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype in PACKABLE
+        and weight.is_contiguous()
+    )
+
+
 def lets_cache(module: nn.Module, x: Tensor, topk_weights: Tensor, *weights: Tensor) -> bool:
-    """Return whether ``module``'s call may use cached copies of ``weights``, and gains by it.
+    """Return whether a call of ``module`` may use cached copies of its ``weights``.
 
     Only in evaluation mode and without gradients: checkpointing runs the first forward of a
-    training step without gradients too, and the weights will have changed by the next step. And
-    only for plain parameters, contiguous, on the CPU: what is none is computed anew for each call
-    (a parametrisation, an adapter, a gathered shard), and so would its copy be.
+    training step without gradients too, and the weights will have changed by the next step.
     """
-    plain = all(
-        type(w) is nn.Parameter and w.device.type == "cpu" and w.is_contiguous() for w in weights
-    )
     return (
-        plain
+        all(can_cache(weight) for weight in weights)
         and x.dtype in PACKABLE
         and not module.training
         and not needs_grad(module, x, topk_weights)

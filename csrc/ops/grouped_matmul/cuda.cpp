@@ -10,10 +10,13 @@ at::Tensor run_device(const at::Tensor& a, const at::Tensor& b, const at::Tensor
   const at::Tensor left = a.contiguous(), right = b.contiguous();
   const at::Tensor offsets = expert_offsets.contiguous();
   const at::Tensor out = at::empty(output_sizes(kLayout, a, b, offsets), a.options());
+  const at::Tensor plan = at::empty({grouped::plan_bytes(a.size(0), offsets.numel() - 1)},
+                                    a.options().dtype(at::kByte));
   launch({.out = out.mutable_data_ptr(),
           .a = left.const_data_ptr(),
           .b = right.const_data_ptr(),
           .expert_offsets = offsets.const_data_ptr<int32_t>(),
+          .plan = static_cast<grouped::Plan>(plan.mutable_data_ptr()),
           .num_tokens = a.size(0),
           .num_experts = offsets.numel() - 1,
           .a_columns = a.size(1),

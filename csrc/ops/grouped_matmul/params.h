@@ -1,7 +1,7 @@
 #pragma once
 #include <cstdint>
 
-#include "csrc/common/numeric.h"
+#include "csrc/common/grouped_plan.h"
 
 namespace mergeme::grouped_matmul {
 
@@ -11,13 +11,15 @@ struct Params {
   void* out;                      // nt, nn: [M, N]; tn: [E, N1, N2]
   const void* a;                  // nt, nn: [M, K]; tn: [M, N1]
   const void* b;                  // nt: [E, N, K]; nn: [E, K, N]; tn: [M, N2]
-  const int32_t* expert_offsets;  // [E + 1], non-decreasing from 0 to num_tokens
+  const int32_t* expert_offsets;  // [E + 1], non-decreasing from 0 to at most num_tokens
+  grouped::Plan plan;             // nt, nn: scratch of plan_bytes()
   int64_t num_tokens;             // M
   int64_t num_experts;            // E, at least 1
   int64_t a_columns;              // nt, nn: K; tn: N1
   int64_t out_columns;            // nt, nn: N; tn: N2
   Layout layout;
   DType dtype;
+  grouped::TileGrid grid = {};  // set by launch()
 };
 
 void launch(const Params& params, void* stream);
