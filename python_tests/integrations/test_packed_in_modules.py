@@ -264,6 +264,20 @@ def test_threads_make_one_copy():
         torch.testing.assert_close(out, expected)
 
 
+def test_the_cache_can_be_left_out():
+    experts, routed = make(MIXTRAL)
+    made = packed_copies.made
+    register(cache=False)
+    try:
+        assert_right(experts, routed)
+        assert packed_copies.made == made
+        pack_for_inference(experts)
+        with torch.no_grad():
+            experts(*routed)
+    finally:
+        register()
+
+
 @pytest.mark.slow
 @KINDS
 @torch.no_grad()
