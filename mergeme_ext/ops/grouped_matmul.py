@@ -15,7 +15,7 @@ def grouped_matmul_nt(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Args:
         a: ``[M, K]``; rows sorted by expert.
         b: ``[E, N, K]``, E >= 1, dtype of ``a``.
-        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to M; equal neighbours make an
+        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to at most M; equal neighbours make an
             empty group.
 
     Returns:
@@ -28,6 +28,10 @@ def grouped_matmul_nt(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
             ``expert_offsets`` does not run from 0 to M without decreasing.
 
     Gradient: ``a`` and ``b``.
+
+    On CUDA devices of compute capability 9.0 and 10.0, bfloat16 products of aligned operands whose
+    sizes are multiples of 8 are left to torch's own ``grouped_mm``, whose kernels for these devices
+    are faster for now. The result is as said here; its last bits may differ from other devices'.
 
     Source: the grouped GEMM of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, without its padding
     of groups to blocks.
@@ -45,7 +49,7 @@ def grouped_matmul_nn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Args:
         a: ``[M, K]``; rows sorted by expert.
         b: ``[E, K, N]``, E >= 1, dtype of ``a``.
-        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to M; equal neighbours make an
+        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to at most M; equal neighbours make an
             empty group.
 
     Returns:
@@ -58,6 +62,10 @@ def grouped_matmul_nn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
             ``expert_offsets`` does not run from 0 to M without decreasing.
 
     Gradient: ``a`` and ``b``.
+
+    On CUDA devices of compute capability 9.0 and 10.0, bfloat16 products of aligned operands whose
+    sizes are multiples of 8 are left to torch's own ``grouped_mm``, whose kernels for these devices
+    are faster for now. The result is as said here; its last bits may differ from other devices'.
 
     Source: the grouped GEMM of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, without its padding
     of groups to blocks.
@@ -86,6 +94,10 @@ def grouped_matmul_tn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
             ``expert_offsets`` does not run from 0 to M without decreasing.
 
     Gradient: ``a`` and ``b``.
+
+    On CUDA devices of compute capability 9.0 and 10.0, bfloat16 products of aligned operands whose
+    sizes are multiples of 8 are left to torch's own ``grouped_mm``, whose kernels for these devices
+    are faster for now. The result is as said here; its last bits may differ from other devices'.
 
     Source: the weight gradient of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, without its
     padding of groups to blocks.
