@@ -60,7 +60,7 @@ def experts_forward(
     num_experts = down.shape[0] if held is None else held.shapes["down_proj"][0]
     # An int64 id beyond int32 must not wrap round into the range.
     ids = top_k_index.clamp(-1, num_experts + 1).to(torch.int32)
-    routing = _sort(ids, num_experts, experts._is_expert_parallel)
+    routing = sort_by_expert(ids, num_experts, sentinel=experts._is_expert_parallel)
     needs_grad = _needs_grad(x, weights, experts)
     if held is not None:
         products = _packed(experts, held, first_name, x.device, needs_grad)
@@ -72,13 +72,6 @@ def experts_forward(
     else:
         out = _run_in_steps(experts, x, weights, routing, products)
     return out.to(hidden_states.dtype)
-
-
-def _sort(ids: Tensor, num_experts: int, sentinel: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if not sentinel:
-        return sort_by_expert(ids, num_experts)
-    offsets, permutation, inverse = sort_by_expert(ids, num_experts + 1)
-    return offsets[:-1], permutation, inverse
 
 
 def _needs_grad(x: Tensor, weights: Tensor, experts: nn.Module) -> bool:

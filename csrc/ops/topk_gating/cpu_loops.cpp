@@ -123,7 +123,7 @@ void make_keys(const Params& p, const A* logits, const A* shares, A sum, key_t<A
   else if constexpr (S == Score::kSoftmax)
     for (int64_t e = 0; e < n; ++e) keys[e] = order_key(shares[e] * inverse + A(p.bias[e]));
   else
-    for (int64_t e = 0; e < n; ++e) keys[e] = order_key(lone_score<S>(logits[e]) + A(p.bias[e]));
+    for (int64_t e = 0; e < n; ++e) keys[e] = order_key(choice_score<S>(logits[e]) + A(p.bias[e]));
 }
 
 // The two largest of n keys and those given.

@@ -47,6 +47,11 @@ __device__ __forceinline__ A lone_score(Score score, A z) {
   return z;
 }
 template <typename A>
+__device__ __forceinline__ A choice_score(Score score, A z) {
+  if (score == Score::kSqrtSoftplus) return choice_score<Score::kSqrtSoftplus>(z);
+  return lone_score(score, z);
+}
+template <typename A>
 __device__ __forceinline__ A log_slope(Score score, A z) {
   if (score == Score::kSigmoid) return log_slope<Score::kSigmoid>(z);
   if (score == Score::kSqrtSoftplus) return log_slope<Score::kSqrtSoftplus>(z);
@@ -168,7 +173,7 @@ __global__ void topk_kernel(Params p) {
     const auto key_at = [&](int64_t e) {
       A x = logit(e);
       if (p.bias != nullptr)
-        x = (softmax ? share(score, x, all.top) * inverse : lone_score(score, x)) + A(p.bias[e]);
+        x = (softmax ? share(score, x, all.top) * inverse : choice_score(score, x)) + A(p.bias[e]);
       return order_key(x);
     };
     const int64_t group_size = p.num_experts / p.num_groups;
