@@ -414,11 +414,11 @@ class Staged {
  private:
   // Two neighbours, the first in an even column.
   __device__ __forceinline__ void put(int row, int column, float first, float second) {
-    Out* to = reinterpret_cast<Out*>(shared_ + place(row, column / kPerChunk)) + column % kPerChunk;
-    struct alignas(2 * sizeof(Out)) Pair {
-      Out first, second;
-    };
-    *reinterpret_cast<Pair*>(to) = {from_acc<Out>(first), from_acc<Out>(second)};
+    char* to = shared_ + place(row, column / kPerChunk) + column % kPerChunk * int(sizeof(Out));
+    if constexpr (sizeof(Out) == 4)
+      *reinterpret_cast<float2*>(to) = float2{first, second};
+    else
+      *reinterpret_cast<uint32_t*>(to) = simt::round_pair<Out>(first, second);
   }
 
   // A warp writes 8 rows of one or two chunks at once. It reads whole rows or, of floats, every

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from mergeme_ext import _simt
 from python_tests.ops import test_grouped_experts as experts
 from python_tests.ops import test_grouped_matmul as matmul
 from python_tests.support.backends import SCHEDULES, SIMT
@@ -58,6 +59,51 @@ def test_more_experts_than_threads_plan_at_once(dtype):
     counts = [(7 * e) % 3 for e in range(300)]
     args = matmul.make("nt", counts, 8, 8, dtype)
     matmul.check(matmul.op(SIMT, "nt")(*args), "nt", args)
+
+
+@pytest.fixture
+def hopper():
+    _simt.set_compute_capability(90)
+    yield
+    _simt.set_compute_capability(80)
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
+def test_torchs_product_on_newer_devices(hopper, layout):
+    """The same contract: rows of no expert, experts without rows, contiguous results."""
+    a, b, offsets = matmul.make(layout, [5, 0, 12, 7], 24, 40, torch.bfloat16)
+    a[-2:] = float("nan")
+    if layout == "tn":
+        b[-2:] = float("nan")
+    offsets = without_tail(offsets, 2)
+    with torch.profiler.profile() as profile:
+        out = matmul.op(SIMT, layout)(a, b, offsets)
+    assert any(e.key == "aten::_grouped_mm" for e in profile.key_averages())
+    if layout == "tn":
+        matmul.check(out, layout, (a[:-2], b[:-2], offsets))
+    else:
+        assert (out[-2:] == 0).all()
+        matmul.check(out[:-2], layout, (a[:-2], b, offsets))
+
+
+@pytest.mark.parametrize("spoil", ["float32", "float16", "odd", "misaligned", "no-rows"])
+def test_torchs_product_only_where_it_serves(hopper, spoil):
+    dtype = getattr(torch, spoil, torch.bfloat16)
+    a, b, offsets = matmul.make(
+        "nt", [0, 0] if spoil == "no-rows" else [5, 9], 16, 12 if spoil == "odd" else 24, dtype
+    )
+    if spoil == "misaligned":
+        a = matmul.misaligned(a)
+    with torch.profiler.profile() as profile:
+        out = matmul.op(SIMT, "nt")(a, b, offsets)
+    assert not any(e.key == "aten::_grouped_mm" for e in profile.key_averages())
+    matmul.check(out, "nt", (a, b, offsets))
+
+
+def test_offsets_are_checked_before_torchs_product(hopper):
+    a, b, _ = matmul.make("nt", [5, 9], 16, 24, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"device assert: .*expert_offsets"):
+        matmul.op(SIMT, "nt")(a, b, torch.tensor([0, 5, 15]).int())
 
 
 def gradients(function, args, dtype):

@@ -13,10 +13,19 @@ inline bool fits_sm80(const Common& p) {
          2 * p.intermediate <= grouped::sm80::kMaxDepth;
 }
 
-// Eight neighbours of a 16-bit type.
+// Eight neighbours of a 16-bit type, in pairs.
 template <typename T>
 struct alignas(16) Eight {
-  T values[8];
+  uint32_t pairs[4];
+
+  __device__ __forceinline__ float get(int i) const {
+    return simt::of_pair<T>(pairs[i / 2], i % 2);
+  }
+  __device__ __forceinline__ void load(const T* from) {
+    const uint4 all = *reinterpret_cast<const uint4*>(from);
+    pairs[0] = all.x, pairs[1] = all.y, pairs[2] = all.z, pairs[3] = all.w;
+  }
+  __device__ __forceinline__ void store(T* to) const { simt::store_16(to, pairs); }
 };
 
 // Columns of the activation in one tile: as many gate columns and as many up columns.
@@ -67,18 +76,20 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
           const auto gate = staged.chunk(row, 4 * block + half);
           const auto up = staged.chunk(row, 4 * block + 2 + half);
 #pragma unroll
-          for (int l = 0; l < 4; ++l) {
+          for (int l = 0; l < 4; l += 2) {
+            const int pair = 2 * half + l / 2;
             float slope;
-            gates.values[4 * half + l] = from_acc<T>(gate.values[l]);
-            ups.values[4 * half + l] = from_acc<T>(up.values[l]);
-            activations.values[4 * half + l] =
-                from_acc<T>(activate<kKind>(gate.values[l], slope) * up.values[l]);
+            gates.pairs[pair] = simt::round_pair<T>(gate.values[l], gate.values[l + 1]);
+            ups.pairs[pair] = simt::round_pair<T>(up.values[l], up.values[l + 1]);
+            activations.pairs[pair] =
+                simt::round_pair<T>(activate<kKind>(gate.values[l], slope) * up.values[l],
+                                    activate<kKind>(gate.values[l + 1], slope) * up.values[l + 1]);
           }
         }
-        *reinterpret_cast<Eight<T>*>(activation + row * width + 8 * block) = activations;
+        activations.store(activation + row * width + 8 * block);
         if (saved) {
-          *reinterpret_cast<Eight<T>*>(saved + row * 2 * width + 8 * block) = gates;
-          *reinterpret_cast<Eight<T>*>(saved + row * 2 * width + width + 8 * block) = ups;
+          gates.store(saved + row * 2 * width + 8 * block);
+          ups.store(saved + row * 2 * width + width + 8 * block);
         }
       }
     });
@@ -167,26 +178,29 @@ __global__ void __launch_bounds__(grouped::sm80::kThreads, grouped::sm80::kBlock
         if (row < rows && 8 * block < columns) {
           const float weight = weights[p.permutation[s]];
           const int64_t place = s * 2 * width + 8 * block;
-          const auto gates = *reinterpret_cast<const Eight<T>*>(saved + place);
-          const auto ups = *reinterpret_cast<const Eight<T>*>(saved + place + width);
-          Eight<T> grad_gates, grad_ups, activations;
+          Eight<T> gates, ups, grad_gates, grad_ups, activations;
+          gates.load(saved + place);
+          ups.load(saved + place + width);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const auto d = staged.chunk(row, 2 * block + half);
 #pragma unroll
-            for (int l = 0; l < 4; ++l) {
+            for (int l = 0; l < 4; l += 2) {
               const int j = 4 * half + l;
-              const ActivationGradient<kKind, float> gradient(
-                  d.values[l], weight, to_acc(gates.values[j]), to_acc(ups.values[j]));
-              part = simt::fma(d.values[l], gradient.activation, part);
-              grad_gates.values[j] = from_acc<T>(gradient.gate);
-              grad_ups.values[j] = from_acc<T>(gradient.up);
-              activations.values[j] = from_acc<T>(weight * gradient.activation);
+              using Gradient = ActivationGradient<kKind, float>;
+              const Gradient first(d.values[l], weight, gates.get(j), ups.get(j));
+              const Gradient second(d.values[l + 1], weight, gates.get(j + 1), ups.get(j + 1));
+              part = simt::fma(d.values[l], first.activation, part);
+              part = simt::fma(d.values[l + 1], second.activation, part);
+              grad_gates.pairs[j / 2] = simt::round_pair<T>(first.gate, second.gate);
+              grad_ups.pairs[j / 2] = simt::round_pair<T>(first.up, second.up);
+              activations.pairs[j / 2] =
+                  simt::round_pair<T>(weight * first.activation, weight * second.activation);
             }
           }
-          *reinterpret_cast<Eight<T>*>(grads + place) = grad_gates;
-          *reinterpret_cast<Eight<T>*>(grads + place + width) = grad_ups;
-          *reinterpret_cast<Eight<T>*>(weighted + s * width + 8 * block) = activations;
+          grad_gates.store(grads + place);
+          grad_ups.store(grads + place + width);
+          activations.store(weighted + s * width + 8 * block);
         }
 #pragma unroll
         for (int lane = 1; lane < kBlocks; lane *= 2)

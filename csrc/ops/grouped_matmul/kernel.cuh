@@ -29,4 +29,25 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grouped_matmul_kernel(P
   }
 }
 
+inline constexpr int kZeroThreads = 256;
+
+// Zeros in the rows of out that belong to no expert (nt, nn), or in the matrices of experts without
+// rows (tn), 8 elements of 2 bytes at a time. A block owns every gridDim.x-th expert's matrix, or
+// stretch of 256 chunks; as a rule there is nothing to do.
+template <Layout kLayout>
+__global__ void __launch_bounds__(kZeroThreads) zeros_kernel(Params p) {
+  uint4* out = static_cast<uint4*>(p.out);
+  const int64_t row = p.out_columns / 8;
+  if constexpr (kLayout == Layout::kTn) {
+    const int64_t size = p.a_columns * row;
+    for (int64_t e = blockIdx.x; e < p.num_experts; e += gridDim.x)
+      if (p.expert_offsets[e] == p.expert_offsets[e + 1])
+        for (int64_t i = threadIdx.x; i < size; i += kZeroThreads) out[e * size + i] = uint4{};
+  } else {
+    const int64_t end = p.num_tokens * row, step = int64_t{gridDim.x} * kZeroThreads;
+    int64_t i = p.expert_offsets[p.num_experts] * row + int64_t{blockIdx.x} * kZeroThreads;
+    for (i += threadIdx.x; i < end; i += step) out[i] = uint4{};
+  }
+}
+
 }  // namespace mergeme::grouped_matmul

@@ -76,4 +76,27 @@ void launch(const Params& p, void* stream) {
   });
 }
 
+bool torch_is_faster(const Params& p) {
+  const int capability = simt::compute_capability();
+  return (capability == 90 || capability == 100) && p.dtype == DType::kBFloat16 && fits_sm80(p) &&
+         p.num_tokens > 0 && p.a_columns > 0 && p.out_columns > 0 && p.out_columns % 8 == 0;
+}
+
+void launch_check(const Params& p, void* stream) {
+  grouped::launch_plan(
+      {.expert_offsets = p.expert_offsets, .num_rows = p.num_tokens, .num_experts = p.num_experts},
+      stream);
+}
+
+void launch_zeros(const Params& p, void* stream) {
+  const auto run = [&]<Layout kLayout>() {
+    simt::launch("grouped_matmul (zeros)", {.grid = 256, .block = kZeroThreads, .stream = stream},
+                 zeros_kernel<kLayout>, p);
+  };
+  if (p.layout == Layout::kTn)
+    run.template operator()<Layout::kTn>();
+  else
+    run.template operator()<Layout::kNt>();  // nn alike
+}
+
 }  // namespace mergeme::grouped_matmul
