@@ -327,13 +327,13 @@ MERGEME_INLINE void multiply_panels_by_vectors(const PanelTask& task, void* scra
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = first_row(i), rows = first_row(i + 1) - m;
         for (int64_t j = 0; j < count; ++j) {
-          // Packed weights come from far away: the first block asks for those of the next group.
-          const bool asks = task.packed && i == 0 && p + j + kGroup < task.end_panel;
-          const char* ahead = reinterpret_cast<const char*>(panels[j]);
-          if (asks)
-            ahead =
-                reinterpret_cast<const char*>(static_cast<const T*>(task.packed) +
-                                              (p + j + kGroup) * panel_size + k * kPanelColumns);
+          // Packed weights come from far away: the first block asks for those that are next.
+          const bool deeper = k + kPanelDepth < depth;
+          const bool asks = task.packed && i == 0 && (deeper || p + j + kGroup < task.end_panel);
+          const T* next = static_cast<const T*>(task.packed) +
+                          (p + j + (deeper ? 0 : kGroup)) * panel_size +
+                          (deeper ? (k + kPanelDepth) * kPanelColumns : 0);
+          const char* ahead = reinterpret_cast<const char*>(asks ? next : nullptr);
           multiply_panel(rows, left + i * left_size + k * kRowStride, panels[j], some,
                          c + m * ldc + j * kPanelColumns, ldc, k == 0, ahead,
                          asks ? int64_t{kPanelColumns * sizeof(T)} : 0);
