@@ -32,6 +32,15 @@ def test_gives_what_pack_experts_gives(weight, gated, transposed):
     assert copies.made == 3 and len(copies) == 1
 
 
+def test_sees_any_element_written_to(weight):
+    copies = PackedExperts()
+    for position in (0, 3, 12345, -1):
+        copies.get(weight)
+        weight.view(-1)[position] += 1
+        assert torch.equal(copies.get(weight), pack_experts(weight))
+    assert copies.made == 5
+
+
 @pytest.mark.parametrize("expert", range(0, 40, 7))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sees_any_expert_rewritten_past_the_version_counter(weight, expert, dtype):
