@@ -189,3 +189,24 @@ def test_activations_on_tensor_cores(height, activation):
     for ours, right in zip((out, *got), (exact_out, *exact), strict=True):
         # At most four roundings to bfloat16 lie between inputs and result, each of half an eps.
         assert (ours.double() - right).norm() <= 2 * eps * right.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_follows_the_routing():
+    """Nothing waits for the host: a graph may be replayed with other counts of rows."""
+    op = torch.ops.mergeme.grouped_experts
+    first, second = (
+        experts.make(counts, 2, 72, 136, torch.bfloat16, "cuda", seed)
+        for seed, counts in enumerate(([60, 0, 27, 5], [1, 80, 11, 0]))
+    )
+    static = tuple(t.clone() for t in first)
+    op(*static)  # what the driver is asked once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = op(*static)
+    for args in (second, first):
+        for to, values in zip(static, args, strict=True):
+            to.copy_(values)
+        graph.replay()
+        assert torch.equal(out, op(*args)[0])

@@ -5,7 +5,7 @@
 
 namespace mergeme::grouped_experts {
 
-// Rows of a matrix [T, H] gathered by token.
+// Rows of a matrix [T, H] gathered by token; shared memory of the kernels that use OwnSums too.
 template <typename T>
 struct GatherShared {
   grouped::TileShared<acc_t<T>> tile;
@@ -22,6 +22,28 @@ __device__ __forceinline__ void gather_rows(GatherShared<T>& shared, const T* ma
   shared.rows[own] = own < rows ? matrix + tokens[own] * columns : nullptr;
   __syncthreads();
 }
+
+// A thread's own sums in shared memory, so that a rolled loop can go over them: unrolled, the
+// activations would be compiled 64 times. Takes the place of the tile's operands.
+template <typename Acc>
+class OwnSums {
+ public:
+  static constexpr int kBytes = 64 * grouped::kTileThreads * int{sizeof(Acc)};
+  __device__ __forceinline__ explicit OwnSums(const Acc (&sum)[8][8])
+      : own_(simt::dynamic_shared<Acc>() + threadIdx.x) {
+    __syncthreads();  // the last operands have been read
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) own_[(8 * i + j) * grouped::kTileThreads] = sum[i][j];
+  }
+  __device__ __forceinline__ Acc operator()(int i, int j) const {
+    return own_[(8 * i + j) * grouped::kTileThreads];
+  }
+
+ private:
+  Acc* own_;
+};
 
 // activation[s, i] = f(gate) * up with gate = gate_e[i] . x[token of s] and up = up_e[i] . x[token
 // of s], and both to preactivation. A block owns 64 rows by 32 columns at a time: its first 32
@@ -58,20 +80,21 @@ __global__ void __launch_bounds__(grouped::kTileThreads) gate_up_kernel(Params p
     T* activation = static_cast<T*>(p.activation) + tile.row * width + tile.column;
     T* saved = static_cast<T*>(p.preactivation);
     if (saved) saved += tile.row * 2 * width + tile.column;
+    const OwnSums<Acc> sums(sum);
     dispatch_activation(p.kind, [&]<Activation kKind>() {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < 8; ++i) {
         const int row = grouped::tile_index(threadIdx.x / 8, i);
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < 4; ++j) {
           const int column = grouped::tile_index(threadIdx.x % 8, j);
           if (row >= rows || column >= columns) continue;
+          const Acc gate_sum = sums(i, j), up_sum = sums(i, j + 4);
           Acc slope;
-          activation[row * width + column] =
-              from_acc<T>(activate<kKind>(sum[i][j], slope) * sum[i][j + 4]);
+          activation[row * width + column] = from_acc<T>(activate<kKind>(gate_sum, slope) * up_sum);
           if (saved) {
-            saved[row * 2 * width + column] = from_acc<T>(sum[i][j]);
-            saved[row * 2 * width + width + column] = from_acc<T>(sum[i][j + 4]);
+            saved[row * 2 * width + column] = from_acc<T>(gate_sum);
+            saved[row * 2 * width + width + column] = from_acc<T>(up_sum);
           }
         }
       }
@@ -176,21 +199,23 @@ __global__ void __launch_bounds__(grouped::kTileThreads) grad_activation_kernel(
     const T* saved = static_cast<const T*>(p.preactivation) + tile.column;
     T* grads = static_cast<T*>(p.grad_preactivation) + tile.column;
     T* weighted = static_cast<T*>(p.weighted) + tile.column;
+    const OwnSums<Acc> sums(sum);
     dispatch_activation(p.kind, [&]<Activation kKind>() {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < 8; ++i) {
         const int row = grouped::tile_index(threadIdx.x / 8, i);
         const int64_t s = tile.row + row;
         const Acc weight = row < rows ? weights[p.permutation[s]] : Acc{0};
         Acc part = 0;
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < 8; ++j) {
           const int column = grouped::tile_index(threadIdx.x % 8, j);
           if (row >= rows || column >= columns) continue;
+          const Acc d = sums(i, j);
           const ActivationGradient<kKind, Acc> gradient(
-              sum[i][j], weight, to_acc(saved[s * 2 * width + column]),
+              d, weight, to_acc(saved[s * 2 * width + column]),
               to_acc(saved[s * 2 * width + width + column]));
-          part = simt::fma(sum[i][j], gradient.activation, part);
+          part = simt::fma(d, gradient.activation, part);
           grads[s * 2 * width + column] = from_acc<T>(gradient.gate);
           grads[s * 2 * width + width + column] = from_acc<T>(gradient.up);
           weighted[s * width + column] = from_acc<T>(weight * gradient.activation);

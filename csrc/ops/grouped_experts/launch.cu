@@ -37,10 +37,13 @@ void plan(const Common& p, int64_t height, bool list_rest, void* stream) {
 }
 
 // Launch configurations of the two families.
-template <typename Shared>
-simt::LaunchConfig portable(void* stream) {
-  return {.block = grouped::kTileThreads, .shared_bytes = sizeof(Shared), .stream = stream};
+simt::LaunchConfig portable(size_t shared_bytes, void* stream) {
+  return {.block = grouped::kTileThreads, .shared_bytes = shared_bytes, .stream = stream};
 }
+// Of kernels that gather rows, and then keep their sums in the operands' place.
+template <typename T>
+constexpr size_t kGatherBytes =
+    std::max<size_t>(sizeof(GatherShared<T>), OwnSums<acc_t<T>>::kBytes);
 template <int kRows>
 simt::LaunchConfig sm80(void* stream) {
   return {.block = grouped::sm80::kThreads,
@@ -65,9 +68,9 @@ void launch_rows(const char* name, const Common& p, const RowsParams& rows, void
     grouped::launch_tiles<rows_sm80_kernel<T, kNt, kRows>>(
         name, sm80<kRows>(stream), with_row_grid(rows, p, kRows, rows.n, kColumns));
   else
-    grouped::launch_tiles<rows_kernel<T, kNt>>(name,
-                                               portable<grouped::TileShared<acc_t<T>>>(stream),
-                                               with_row_grid(rows, p, kTile, rows.n, kTile));
+    grouped::launch_tiles<rows_kernel<T, kNt>>(
+        name, portable(sizeof(grouped::TileShared<acc_t<T>>), stream),
+        with_row_grid(rows, p, kTile, rows.n, kTile));
 }
 
 template <typename T, int kRows, bool kGatherA>
@@ -78,7 +81,8 @@ void launch_sums(const char* name, const SumsParams& sums, void* stream) {
                                                          with_sum_grid(sums, 128, kColumns));
   else
     grouped::launch_tiles<sums_kernel<T, kGatherA>>(
-        name, portable<grouped::TileShared<acc_t<T>>>(stream), with_sum_grid(sums, kTile, kTile));
+        name, portable(sizeof(grouped::TileShared<acc_t<T>>), stream),
+        with_sum_grid(sums, kTile, kTile));
 }
 
 template <typename T, int kWidth>
@@ -120,7 +124,7 @@ void launch_forward(const Params& p, void* stream) {
           with_row_grid(p, p, kRows, p.intermediate, kGateUpWidth));
     else
       grouped::launch_tiles<gate_up_kernel<T>>(
-          "grouped_experts (gate_up)", portable<GatherShared<T>>(stream),
+          "grouped_experts (gate_up)", portable(kGatherBytes<T>, stream),
           with_row_grid(p, p, kTile, p.intermediate, kTile / 2));
   }
   if (p.hidden == 0) return;
@@ -145,7 +149,7 @@ void launch_gradients(const BackwardParams& p, void* stream) {
           with_row_grid(p, p, kRows, p.intermediate, kColumns));
     else
       grouped::launch_tiles<grad_activation_kernel<T>>(
-          "grouped_experts (grad activation)", portable<GatherShared<T>>(stream),
+          "grouped_experts (grad activation)", portable(kGatherBytes<T>, stream),
           with_row_grid(p, p, kTile, p.intermediate, kTile));
   }
   if (p.grad_down != nullptr)
