@@ -72,6 +72,9 @@ class Bench:
         """The weights of a shape; only the last are kept."""
         if self._weights is None or self._weights[0] != (shape, dtype):
             self._weights = None
+            self._expected.clear()
+            for each in self._runners.values():
+                each.release()
             self._weights = (shape, dtype), make_weights(shape, dtype)
         return self._weights[1]
 
@@ -97,8 +100,11 @@ class Bench:
                 row["seconds"] = [first]
                 ready.append(name)
                 self._pace(name, case, first)
-            except (Missing, RuntimeError, ImportError) as error:
-                row["missing"] = str(error).splitlines()[0]
+            except Missing as error:
+                row["missing"] = str(error)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                # Not a known limit, so the case does not count as done.
+                row |= {"missing": str(error).splitlines()[0], "failed": True}
             rows[name] = row
         self._rounds(ready, rows)
         after = self._limits_of(case.threads, fresh=True)
@@ -116,7 +122,7 @@ class Bench:
         started, firsts = time.perf_counter(), {name: rows[name]["seconds"][0] for name in ready}
         for done in range(options.repeats):
             for name in ready:
-                # A slow contender is timed once; a round of all at least twice, if there is time.
+                # Of a slow contender the call that was checked counts; of others two at least.
                 slow = firsts[name] > options.case_seconds / 4
                 late = time.perf_counter() - started > options.case_seconds
                 if (done >= 2 and late) or (slow and done >= 1):
@@ -225,10 +231,10 @@ def _tokens(shape: str, mode: str) -> Sequence[int]:
 
 
 def done_in(rows: Sequence[dict], names: Sequence[str]) -> set[Case]:
-    """Cases of which ``rows`` have a quiet row of every contender asked for."""
+    """Cases of which ``rows`` have a quiet row of every contender asked for, none failed."""
     found: dict[Case, set[str]] = {}
     for row in rows:
-        if row.get("op") == OP and "contender" in row and not row["noisy"]:
+        if row.get("op") == OP and not row["noisy"] and not row.get("failed"):
             case = Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)})
             found.setdefault(case, set()).add(row["contender"])
     return {case for case, those in found.items() if those >= set(names)}

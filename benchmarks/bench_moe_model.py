@@ -194,10 +194,12 @@ class Bench:
         model = make_model(self._name, torch.bfloat16, options.layers)
         parameters = sum(p.numel() for p in model.parameters())
         subject = Subject(model)
+        self._memory(subject, names, parameters)
         if not options.no_check:
             self._check(subject, names)
-        self._memory(subject, names, parameters)
         self._rounds(subject, [*names, LEFT_OUT], parameters, deadline)
+        if OURS in names:
+            self._memory_packed(subject, parameters)
 
     def _check(self, subject: Subject, names: Sequence[str]) -> None:
         """Logits in bfloat16 against float32, and greedy tokens in float32, of every one."""
@@ -238,6 +240,19 @@ class Bench:
             subject.use(name)
             peak = peak_memory(lambda: subject.prefill(prompt))
             self._note(implementation=name, peak_resident_bytes=peak, parameters=parameters)
+
+    def _memory_packed(self, subject: Subject, parameters: int) -> None:
+        """Peak with packed weights in the place of the parameters; nothing else runs after it."""
+        from mergeme_ext.integrations import transformers as integration
+
+        if not hasattr(integration, "pack_for_inference"):
+            return
+        subject.use(OURS)
+        integration.pack_for_inference(subject.model)
+        prompt = subject.prompt(self._options.prefill)
+        peak = peak_memory(lambda: subject.prefill(prompt))
+        name = f"{OURS}, packed in place"
+        self._note(implementation=name, peak_resident_bytes=peak, parameters=parameters)
 
     def _rounds(
         self, subject: Subject, names: Sequence[str], parameters: int, deadline: float

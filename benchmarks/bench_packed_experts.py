@@ -1,4 +1,4 @@
-"""The expert half of a Mixture-of-Experts block on packed weights, and the packing itself."""
+"""The expert half of a Mixture-of-Experts block on packed weights."""
 
 import torch
 
@@ -32,10 +32,6 @@ CONTENDERS = {
     ),
     "ours_unpacked": lambda x, gate_up, down, packed, routing, intermediate: grouped_experts(
         x, gate_up, down, *routing
-    ),
-    "packing_alone": lambda x, gate_up, down, packed, routing, intermediate: (
-        pack_experts(gate_up, gated=True),
-        pack_experts(down),
     ),
 }
 

@@ -18,8 +18,9 @@ from benchmarks.moe_cases import SHAPES, Case, Inputs, Weights
 
 __all__ = ["CONTENDERS", "Contender", "Missing", "find"]
 
-# Weights gathered per slot, of transformers' batched_mm: beyond this a call says nothing.
-GATHERED_BYTES = 4 << 30
+# Copies of weights or of their gradients that a call may make; a call with more takes half a
+# minute and says nothing.
+COPIED_BYTES = 4 << 30
 
 
 class Missing(Exception):
@@ -35,6 +36,8 @@ class Contender(ABC):
 
     isolated = False
     trains = False
+    # Copies of a layer's weights that loading takes at most, beside the one that all share.
+    copies = 0
     variant = ""
 
     def refuse(self, case: Case) -> None:
@@ -106,11 +109,13 @@ class Grouped(_Differentiable):
 class Packed(Contender):
     """Our op over packed weights."""
 
+    copies = 1
+
     def load(self, weights: Weights, threads: int) -> None:
         import mergeme_ext.ops as ops
 
         if not hasattr(ops, "packed_experts"):
-            raise Missing("this build of mergeme_ext has no packed_experts")
+            raise RuntimeError("this build of mergeme_ext has no packed_experts")
         self._ops = ops
         self._gate_up = ops.pack_experts(weights.gate_up, gated=True)
         self._down = ops.pack_experts(weights.down)
@@ -162,13 +167,17 @@ class Transformers(_Differentiable):
 
     def refuse(self, case: Case) -> None:
         super().refuse(case)
-        if self._implementation != "batched_mm":
-            return
-        shape, size = SHAPES[case.shape], getattr(torch, case.dtype).itemsize
-        slots = case.tokens * shape.top_k
-        gathered = slots * 3 * shape.hidden * shape.intermediate * size
-        if gathered > GATHERED_BYTES:
-            raise Missing(f"would copy {gathered / 2**30:.0f} GiB of weights per call")
+        shape = SHAPES[case.shape]
+        size = getattr(torch, case.dtype).itemsize
+        copied, what = 0, ""
+        if self._implementation == "batched_mm":
+            slots = case.tokens * shape.top_k
+            copied, what = slots * shape.weights // shape.experts * size, "weights"
+        elif self._implementation == "eager" and case.mode == "training":
+            # Each expert's slice of a weight gets a gradient of the whole weight's size.
+            copied, what = shape.experts * shape.weights * size, "gradients"
+        if copied > COPIED_BYTES:
+            raise Missing(f"would make {copied / 2**30:.0f} GiB of {what} per call")
 
     def load(self, weights: Weights, threads: int) -> None:
         try:
@@ -209,6 +218,7 @@ def _package(name: str, peers: str | None) -> Path:
 
 class _Isolated(Contender):
     isolated = True
+    copies = 2
 
     def __init__(self, peers: str | None = None) -> None:
         self._peers = peers

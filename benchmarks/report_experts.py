@@ -6,6 +6,7 @@ python -m benchmarks.report_experts rows.jsonl --readme benchmarks/README.md --p
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def groups_of(rows: Sequence[dict]) -> dict[tuple, dict[int, dict[str, dict]]]:
     """Rows by group, by number of tokens, by contender; of a case run twice the last run counts."""
     found: dict[tuple, dict[int, dict[str, dict]]] = {}
     for row in rows:
-        if row.get("op") == bench_experts.OP and "contender" in row:
+        if row.get("op") == bench_experts.OP:
             group = found.setdefault(tuple(row[key] for key in GROUP), {})
             group.setdefault(row["tokens"], {})[row["contender"]] = row
     return found
@@ -106,7 +107,7 @@ def _bare(reason: str) -> str:
     """A reason without the numbers that differ from case to case."""
     reason = re.sub(r"about \d+ s a call", "too slow a call", reason)
     reason = re.sub(r" at \d+ tokens", "", reason)
-    return re.sub(r"copy \d+ GiB", "copy gigabytes", reason)
+    return re.sub(r"make \d+ GiB", "make gigabytes", reason)
 
 
 def _at(counts: Sequence[int], cases: dict) -> str:
@@ -197,7 +198,8 @@ def plot(rows: Sequence[dict]) -> str:
     style = {name: number for number, name in enumerate(names)}
     columns = 1 if len(groups) == 1 else 2
     width, height = PANEL
-    top = 26 + 20 * math.ceil(len(names) / 4)
+    in_row = 3 * columns
+    top = 26 + 20 * math.ceil(len(names) / in_row)
     total = top + (height + 30) * math.ceil(len(groups) / columns)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * columns} {total}">'
@@ -205,7 +207,7 @@ def plot(rows: Sequence[dict]) -> str:
         f'<rect width="{width * columns}" height="{total}" fill="#fff"/>'
     ]
     for number, name in enumerate(names):
-        x, y = 16 + 150 * columns * (number % 4), 22 + 20 * (number // 4)
+        x, y = 16 + 204 * (number % in_row), 22 + 20 * (number // in_row)
         dash = ' stroke-dasharray="6 3"' if style[name] >= len(COLOURS) else ""
         out.append(
             f'<g class="s{style[name] % len(COLOURS)}"{dash}>'
@@ -260,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     options = parser.parse_args(arguments)
     rows = [json.loads(line) for path in options.jsonl for line in path.read_text().splitlines()]
     text = report(rows)
+    if options.plot and options.readme:
+        place = os.path.relpath(options.plot, options.readme.parent)
+        text = f"![Multiples of the floor over the number of tokens]({place})\n\n{text}"
     if options.readme:
         into_readme(options.readme, text)
     else:

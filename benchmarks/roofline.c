@@ -66,24 +66,44 @@ double fma_rate(double seconds) {
   return done * (double)CHAINS * (VECTOR_BYTES / 4) * 2 / (end - begin);
 }
 
-// Four streams, which is what it takes to keep the prefetchers of one core busy.
-double read_rate(const void* data, size_t bytes) {
-  const size_t quarter = bytes / 4 / VECTOR_BYTES;
-  const vint* p[4];
-  for (int s = 0; s < 4; ++s) p[s] = (const vint*)data + s * quarter;
-  vint sum[4] = {{0}, {0}, {0}, {0}};
-  const double begin = now();
-  for (size_t i = 0; i < quarter; ++i) {
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      sum[s] ^= p[s][i];
-      KEEP(sum[s]);
-    }
+// One core reads fastest with some number of streams that depends on its prefetchers: all are
+// tried.
+#define READ_RATE(STREAMS)                                            \
+  static double read_rate_##STREAMS(const void* data, size_t bytes) { \
+    const size_t steps = bytes / STREAMS / VECTOR_BYTES;              \
+    const vint* p[STREAMS];                                           \
+    vint sum[STREAMS];                                                \
+    _Pragma("GCC unroll 8") for (int s = 0; s < STREAMS; ++s) {       \
+      p[s] = (const vint*)data + s * steps;                           \
+      sum[s] = (vint){0};                                             \
+    }                                                                 \
+    const double begin = now();                                       \
+    for (size_t i = 0; i < steps; ++i) {                              \
+      _Pragma("GCC unroll 8") for (int s = 0; s < STREAMS; ++s) {     \
+        sum[s] ^= p[s][i];                                            \
+        KEEP(sum[s]);                                                 \
+      }                                                               \
+    }                                                                 \
+    return (double)STREAMS * steps * VECTOR_BYTES / (now() - begin);  \
   }
-  const double seconds = now() - begin;
-  vint all = sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
-  __asm__ volatile("" : : "r"(&all) : "memory");
-  return 4.0 * quarter * VECTOR_BYTES / seconds;
+
+READ_RATE(1)
+READ_RATE(2)
+READ_RATE(4)
+READ_RATE(8)
+
+// `data` is aligned to a cache line, `bytes` a multiple of 512.
+double read_rate(const void* data, size_t bytes, int streams) {
+  switch (streams) {
+    case 1:
+      return read_rate_1(data, bytes);
+    case 2:
+      return read_rate_2(data, bytes);
+    case 4:
+      return read_rate_4(data, bytes);
+    default:
+      return read_rate_8(data, bytes);
+  }
 }
 
 #if defined(__x86_64__)

@@ -2,7 +2,6 @@
 
 import ctypes
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["NOISE", "Limits", "Probe", "noise_of"]
+__all__ = ["NOISE", "Limits", "Probe", "noise_of", "peak_flops"]
 
 SOURCE = Path(__file__).with_name("roofline.c")
 # Probes further apart than this, and something else was running.
 NOISE = 1.15
 FLOP_SECONDS = 0.02
+STREAMS = (1, 2, 4, 8)
 
 Limits = dict[str, float]
 
@@ -39,7 +39,7 @@ def _library() -> ctypes.CDLL | None:
         getattr(library, name).restype = ctypes.c_double
         getattr(library, name).argtypes = [ctypes.c_double]
     library.read_rate.restype = ctypes.c_double
-    library.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library
 
 
@@ -56,11 +56,12 @@ class Probe:
 
     def flush(self) -> None:
         """Read the buffer through, so that nothing else is left in the caches."""
-        self._read_rate(1)
+        self._read_rate(1, 1)
 
     def limits(self, threads: int) -> Limits:
         """Return ``read_gb_per_s``, and the multiply-add rates in GF/s by form of instruction."""
-        found = {"read_gb_per_s": max(self._read_rate(threads) for _ in range(3)) / 1e9}
+        rates = [self._read_rate(threads, streams) for streams in STREAMS for _ in range(2)]
+        found = {"read_gb_per_s": max(rates) / 1e9}
         library = _library()
         if library is None:
             found["matmul_gflop_per_s"] = _matmul_rate(threads) / 1e9
@@ -75,16 +76,18 @@ class Probe:
                 found[f"{name.removesuffix('_rate')}_gflop_per_s"] = sum(rates) / 1e9
         return found
 
-    def _read_rate(self, threads: int) -> float:
+    def _read_rate(self, threads: int, streams: int) -> float:
         library = _library()
         if library is None:
             flat = self._buffer.view(torch.int64)
             started = time.perf_counter()
             flat.sum()
             return self._buffer.nbytes / (time.perf_counter() - started)
-        share = self._buffer.nbytes // threads // 256 * 256
-        start = self._buffer.data_ptr()
-        jobs = [lambda i=i: library.read_rate(start + i * share, share) for i in range(threads)]
+        start = -(-self._buffer.data_ptr() // 64) * 64
+        share = (self._buffer.nbytes - 64) // threads // 512 * 512
+        jobs = [
+            lambda i=i: library.read_rate(start + i * share, share, streams) for i in range(threads)
+        ]
         return sum(_on(threads, jobs))
 
 
@@ -126,8 +129,3 @@ def peak_flops(limits: Limits, dtype: torch.dtype) -> float:
 def noise_of(before: Limits, after: Limits) -> float:
     """Largest factor between the same probe taken twice."""
     return max(max(before[n], after[n]) / min(before[n], after[n]) for n in before if n in after)
-
-
-def middle(several: list[Limits]) -> Limits:
-    """Median of each limit."""
-    return {n: statistics.median(s[n] for s in several if n in s) for n in several[0]}

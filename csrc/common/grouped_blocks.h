@@ -15,6 +15,9 @@ inline constexpr int64_t kPanelGroup = 8;
 inline constexpr int64_t kPanelDepth = 512;
 // Packed panels are filled up with zeros to a multiple of this depth (one AMX tile).
 inline constexpr int64_t kPackedDepth = 32;
+// Up to so many blocks of rows, packed 16-bit weights are widened again for each: that takes less
+// than writing them to memory and reading them back.
+inline constexpr int64_t kDirectBlocks = 3;
 // Words ahead that packed weights are asked for.
 inline constexpr int64_t kPrefetchWords = 512;
 inline constexpr int64_t kMaxVectorBytes = 64;

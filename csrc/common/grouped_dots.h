@@ -92,7 +92,7 @@ MERGEME_INLINE void multiply_panels_by_dots(const PanelTask& task, void* scratch
   const uint32_t* packed = static_cast<const uint32_t*>(task.packed);
   for (int64_t p = task.first_panel; p < task.end_panel; p += kPanelGroup) {
     const int64_t count = smaller(kPanelGroup, task.end_panel - p);
-    const int64_t step = packed && blocks == 1 ? words : kStep;
+    const int64_t step = packed && blocks == 1 && words > 0 ? words : kStep;
     for (int64_t w = 0; w < words || w == 0; w += step) {
       const int64_t some = smaller(step, words - w);
       for (int64_t j = 0; j < count && !packed; ++j)

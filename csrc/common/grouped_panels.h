@@ -64,9 +64,11 @@ MERGEME_INLINE void split_pair<float16_t>(BitsVector words, FloatVector& even, F
 
 // ---- micro-kernels ---------------------------------------------------------------------------
 
-// c[r, :] (+)= sum over k of a[k, r] * b[k, :] for kRows rows and two vectors of columns.
+// c[r, :] (+)= sum over k of a[k, r] * b[k, :] for kRows rows and two vectors of columns. Meanwhile
+// every step asks for the next `ahead_step` bytes at `ahead`, which are wanted later.
 template <int kRows, typename Acc>
-void multiply_block(const Acc* a, const Acc* b, int64_t depth, Acc* c, int64_t ldc, bool first) {
+void multiply_block(const Acc* a, const Acc* b, int64_t depth, Acc* c, int64_t ldc, bool first,
+                    const char* ahead, int64_t ahead_step) {
   constexpr int kWidth = kLanes<Acc>;
   vector_t<Acc> sum[kRows][2];
 #pragma GCC unroll 16
@@ -76,6 +78,7 @@ void multiply_block(const Acc* a, const Acc* b, int64_t depth, Acc* c, int64_t l
       sum[r][i] = first ? vector_t<Acc>{} : load(c + r * ldc + i * kWidth);
   for (int64_t k = 0; k < depth; ++k) {
     const auto b0 = load(b + k * kPanelColumns), b1 = load(b + k * kPanelColumns + kWidth);
+    __builtin_prefetch(ahead + k * ahead_step, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const auto x = broadcast(a[k * kRowStride + r]);
@@ -107,6 +110,7 @@ void multiply_words(const float* a, const uint32_t* b, int64_t stride, int64_t d
         split_pair<T>(words, even[i], odd[i]);
       }
       __builtin_prefetch(at + kPrefetchWords);
+      if constexpr (kWidth == 16) __builtin_prefetch(at + kPrefetchWords + kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const auto x = broadcast(a[k * kRowStride + r]);
@@ -141,10 +145,10 @@ MERGEME_INLINE void with_rows(int64_t rows, F fn) {
 // c[:, 32 columns] (+)= a [depth, kRowStride] times one widened panel.
 template <typename Acc>
 MERGEME_INLINE void multiply_panel(int64_t rows, const Acc* a, const Acc* b, int64_t depth, Acc* c,
-                                   int64_t ldc, bool first) {
+                                   int64_t ldc, bool first, const char* ahead, int64_t ahead_step) {
   with_rows(rows, [&]<int kRows>() {
     for (int64_t column = 0; column < kPanelColumns; column += 2 * kLanes<Acc>)
-      multiply_block<kRows>(a, b + column, depth, c + column, ldc, first);
+      multiply_block<kRows>(a, b + column, depth, c + column, ldc, first, ahead, ahead_step);
   });
 }
 
@@ -293,10 +297,16 @@ MERGEME_INLINE void multiply_panels_by_vectors(const PanelTask& task, void* scra
     const int64_t count = smaller(kGroup, task.end_panel - p);
     bool done = false;
     if constexpr (kPaired<T>) {
-      if (task.packed && blocks == 1) {
-        const T* from = static_cast<const T*>(task.packed) + p * panel_size;
-        multiply_packed<T>(task.rows, left, reinterpret_cast<const uint32_t*>(from), panel_size / 2,
-                           even_depth, count, c, ldc);
+      if (task.packed && blocks <= kDirectBlocks) {
+        const auto* from =
+            static_cast<const uint32_t*>(task.packed) + p * panel_size / 2;  // words, not elements
+        for (int64_t j = 0; j < count; j += 2)
+          for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t m = first_row(i);
+            multiply_packed<T>(first_row(i + 1) - m, left + i * left_size,
+                               from + j * panel_size / 2, panel_size / 2, even_depth,
+                               smaller(2, count - j), c + m * ldc + j * kPanelColumns, ldc);
+          }
         done = true;
       }
     }
@@ -316,9 +326,18 @@ MERGEME_INLINE void multiply_panels_by_vectors(const PanelTask& task, void* scra
       }
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = first_row(i), rows = first_row(i + 1) - m;
-        for (int64_t j = 0; j < count; ++j)
+        for (int64_t j = 0; j < count; ++j) {
+          // Packed weights come from far away: the first block asks for those that are next.
+          const bool deeper = k + kPanelDepth < depth;
+          const bool asks = task.packed && i == 0 && (deeper || p + j + kGroup < task.end_panel);
+          const T* next = static_cast<const T*>(task.packed) +
+                          (p + j + (deeper ? 0 : kGroup)) * panel_size +
+                          (deeper ? (k + kPanelDepth) * kPanelColumns : 0);
+          const char* ahead = reinterpret_cast<const char*>(asks ? next : nullptr);
           multiply_panel(rows, left + i * left_size + k * kRowStride, panels[j], some,
-                         c + m * ldc + j * kPanelColumns, ldc, k == 0);
+                         c + m * ldc + j * kPanelColumns, ldc, k == 0, ahead,
+                         asks ? int64_t{kPanelColumns * sizeof(T)} : 0);
+        }
       }
     }
     for (int64_t i = 0; i < blocks; ++i)

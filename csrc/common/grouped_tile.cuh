@@ -1,72 +1,8 @@
-// Device code that the grouped ops share: how tiles are numbered, and the portable tile of a matrix
-// product. Torch-free.
+// The portable tile of a grouped matrix product. Torch-free.
 #pragma once
-#include "csrc/common/numeric.h"
-#include "csrc/simt/device.cuh"
+#include "csrc/common/grouped_plan.cuh"
 
 namespace mergeme::grouped {
-
-// Row tiles that never straddle two experts, without a prefix sum over experts and without the
-// host reading the offsets: expert e owns the numbers from offsets[e] / height + e on. The next
-// expert's first number is larger by at least ceil(rows of e / height), so all of e fits; numbers
-// left over are empty tiles, at most one for each expert.
-MERGEME_HD int64_t num_row_tiles(int64_t rows, int64_t num_experts, int64_t height) {
-  return rows / height + num_experts;
-}
-
-struct RowTile {
-  int64_t expert;
-  int64_t row;  // first row of the tile
-  int64_t end;  // the expert's end; the tile is empty if row >= end
-};
-
-__device__ __forceinline__ RowTile find_row_tile(const int32_t* offsets, int64_t num_experts,
-                                                 int64_t num_rows, int64_t height, int64_t tile) {
-  int64_t low = 0, high = num_experts;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (offsets[middle] / height + middle <= tile ? low : high) = middle;
-  }
-  const int64_t begin = offsets[low], end = offsets[low + 1];
-  MERGEME_DEVICE_ASSERT(0 <= begin && begin <= end && end <= num_rows);
-  return {low, begin + (tile - (begin / height + low)) * height, end};
-}
-
-// All threads of one block look at every boundary once.
-__device__ __forceinline__ void check_expert_offsets(const int32_t* offsets, int64_t num_experts,
-                                                     int64_t num_rows) {
-  for (int64_t e = threadIdx.x; e < num_experts; e += blockDim.x)
-    MERGEME_DEVICE_ASSERT(offsets[e] <= offsets[e + 1]);
-  MERGEME_DEVICE_ASSERT(offsets[0] == 0 && offsets[num_experts] == num_rows);
-}
-
-// The tile of this block, which may lie past the last when blocks fill two dimensions.
-__device__ __forceinline__ int64_t block_number() {
-  return blockIdx.x + int64_t{gridDim.x} * blockIdx.y;
-}
-
-// Order of the tiles of a [row_tiles, column_tiles] grid: 8 columns of tiles at a time, row after
-// row, so that the tiles alive at one moment share both their rows of a and their part of b.
-struct TileGrid {
-  int64_t row_tiles;
-  int64_t column_tiles;
-  MERGEME_HD int64_t count() const { return row_tiles * column_tiles; }
-  MERGEME_HD void locate(int64_t tile, int64_t& row, int64_t& column) const {
-    const int64_t group = tile / (8 * row_tiles), first = 8 * group;
-    const int64_t width = column_tiles - first < 8 ? column_tiles - first : 8;
-    const int64_t rest = tile - first * row_tiles;
-    row = rest / width;
-    column = first + rest % width;
-  }
-};
-
-// One block for each tile: along x up to CUDA's limit, then along y. More tiles than that, each
-// with at least one result, would not fit any memory.
-inline dim3 blocks_for(const TileGrid& grid) {
-  constexpr int64_t kMaxX = 2147483647;
-  const int64_t y = ceil_div(grid.count(), kMaxX);
-  return dim3(static_cast<unsigned>(ceil_div(grid.count(), y)), static_cast<unsigned>(y));
-}
 
 // Tiles never have more rows or columns left than this; what lies beyond does not matter to them.
 __device__ __forceinline__ int clamp_left(int64_t left, int side) {
@@ -163,6 +99,55 @@ __device__ __forceinline__ void store_tile(const acc_t<Out> (&sum)[8][8], Out* o
       if (row < rows && column < columns) out[row * ld + column] = from_acc<Out>(sum[i][j]);
     }
   }
+}
+
+// One tile of out[m, n] = sum_k a[m, k] b[e, n, k] (kNt) or ... b[e, k, n] for the rows m of expert
+// e; a is [M, k], out [M, n]. Zeros for the rows of no expert.
+template <bool kNt, typename T, typename Out>
+__device__ __forceinline__ void multiply_rows(TileShared<acc_t<T>>& shared, const Tile& tile,
+                                              const T* a, const T* b, Out* out, int64_t k,
+                                              int64_t n, int64_t num_experts) {
+  using Acc = acc_t<T>;
+  const int rows = clamp_left(tile.end - tile.row, kTile);
+  const int columns = clamp_left(n - tile.column, kTile);
+  const bool owned = tile.group < num_experts;
+  const T* left = a + tile.row * k;
+  const T* right = b + (owned ? tile.group : 0) * n * k + tile.column * (kNt ? k : 1);
+  Acc sum[8][8];
+  multiply_tile<true, kNt>(
+      shared, owned ? k : 0,
+      [&](int i, int64_t l) { return i < rows ? to_acc(left[i * k + l]) : Acc{0}; },
+      [&](int j, int64_t l) {
+        return j < columns ? to_acc(right[kNt ? j * k + l : l * n + j]) : Acc{0};
+      },
+      sum);
+  store_tile(sum, out + tile.row * n + tile.column, n, rows, columns);
+}
+
+// One tile of out[e, i, j] = sum over the rows m of expert e of a[m, i] b[m, j]; a is [M, n1], b
+// [M, n2]. With an index, row m of that operand is row index[m] of what is given.
+template <typename T>
+__device__ __forceinline__ void multiply_sums(TileShared<acc_t<T>>& shared, const SumTile& tile,
+                                              const T* a, const int32_t* index_a, const T* b,
+                                              const int32_t* index_b, T* out, int64_t n1,
+                                              int64_t n2) {
+  using Acc = acc_t<T>;
+  const int rows = clamp_left(n1 - tile.row, kTile);
+  const int columns = clamp_left(n2 - tile.column, kTile);
+  const auto row_of = [&](const int32_t* index, int64_t k) {
+    return index != nullptr ? int64_t{index[tile.begin + k]} : tile.begin + k;
+  };
+  Acc sum[8][8];
+  multiply_tile<false, false>(
+      shared, tile.end - tile.begin,
+      [&](int i, int64_t k) {
+        return i < rows ? to_acc(a[row_of(index_a, k) * n1 + tile.row + i]) : Acc{0};
+      },
+      [&](int j, int64_t k) {
+        return j < columns ? to_acc(b[row_of(index_b, k) * n2 + tile.column + j]) : Acc{0};
+      },
+      sum);
+  store_tile(sum, out + (tile.expert * n1 + tile.row) * n2 + tile.column, n2, rows, columns);
 }
 
 }  // namespace mergeme::grouped

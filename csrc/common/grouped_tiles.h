@@ -202,7 +202,7 @@ MERGEME_INLINE void multiply_panels_by_tiles(const PanelTask& task, void* scratc
   const auto* packed = static_cast<const uint32_t*>(task.packed);
   const int64_t passes = parts(tiles, 2);
   // Packed weights that one pass reads need no cutting to fit a cache.
-  const int64_t step = packed && passes == 1 ? (steps > 0 ? steps : 1) : kTileSteps;
+  const int64_t step = packed && passes == 1 && steps > 0 ? steps : kTileSteps;
   for (int64_t p = task.first_panel; p < task.end_panel; p += at_once) {
     const int64_t panels = smaller(at_once, task.end_panel - p);
     for (int64_t s = 0; s < steps || s == 0; s += step) {

@@ -141,4 +141,36 @@ __device__ __forceinline__ void mma_m16n8k16<float16_t>(float (&d)[4], const uin
 
 #undef MERGEME_MMA_
 
+// Two sums rounded to T, bfloat16_t or float16_t, ties to even: as they lie side by side in memory,
+// the first in the lower half. A NaN gives some NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t round_pair(float first, float second);
+
+template <>
+__device__ __forceinline__ uint32_t round_pair<bfloat16_t>(float first, float second) {
+#if defined(__CUDACC__)
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return host::round_pair<bfloat16_t>(first, second);
+#endif
+}
+template <>
+__device__ __forceinline__ uint32_t round_pair<float16_t>(float first, float second) {
+#if defined(__CUDACC__)
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return host::round_pair<float16_t>(first, second);
+#endif
+}
+
+// Either of such a pair.
+template <typename T>
+__device__ __forceinline__ float of_pair(uint32_t pair, int place) {
+  return to_acc(T{static_cast<uint16_t>(pair >> 16 * place)});
+}
+
 }  // namespace mergeme::simt

@@ -8,10 +8,10 @@ from transformers import activations
 from transformers.integrations import moe
 
 from mergeme_ext.moe.packed import (
-    PACKABLE,
     cached_experts,
     cached_matmul,
-    can_cache,
+    lets_cache,
+    needs_grad,
     packed_copies,
 )
 from mergeme_ext.moe.packed_module import PackedWeights, packed_weights
@@ -33,7 +33,12 @@ DEFAULT_GATE = getattr(moe, "_default_apply_gate", None)
 
 
 def experts_forward(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    cache: bool = True,
 ) -> Tensor:
     """Return, for each token, the weighted sum of its experts' outputs.
 
@@ -44,6 +49,7 @@ def experts_forward(
         top_k_index: Integers [T, K], each in [0, E); E itself where the module runs its share of
             an expert-parallel group and the expert is another process's.
         top_k_weights: [T, K].
+        cache: Keep packed copies of the weights for inference on the CPU.
 
     Returns:
         [T, H], new, dtype of ``hidden_states``; summed in float32 (float64 for float64) over k in
@@ -60,46 +66,21 @@ def experts_forward(
     num_experts = down.shape[0] if held is None else held.shapes["down_proj"][0]
     # An int64 id beyond int32 must not wrap round into the range.
     ids = top_k_index.clamp(-1, num_experts + 1).to(torch.int32)
-    routing = _sort(ids, num_experts, experts._is_expert_parallel)
-    needs_grad = _needs_grad(x, weights, experts)
+    routing = sort_by_expert(ids, num_experts, sentinel=experts._is_expert_parallel)
     if held is not None:
-        products = _packed(experts, held, first_name, x.device, needs_grad)
+        products = _packed(experts, held, first_name, x, weights)
+    elif cache and not _offloaded(experts) and lets_cache(experts, x, weights, first, down):
+        products = _Cached(experts, first, down)
     else:
-        products = _choose(experts, first, down, dtype, needs_grad)
+        if not torch.compiler.is_compiling():
+            packed_copies.forget(first, down)
+        products = _Plain(experts, first.to(dtype), down.to(dtype))
     activation = fused_activation(experts)
     if activation is not None and products.fuses:
         out = products.fused(x, weights, routing, activation)
     else:
         out = _run_in_steps(experts, x, weights, routing, products)
     return out.to(hidden_states.dtype)
-
-
-def _sort(ids: Tensor, num_experts: int, sentinel: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if not sentinel:
-        return sort_by_expert(ids, num_experts)
-    offsets, permutation, inverse = sort_by_expert(ids, num_experts + 1)
-    return offsets[:-1], permutation, inverse
-
-
-def _needs_grad(x: Tensor, weights: Tensor, experts: nn.Module) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or weights.requires_grad
-        or any(parameter.requires_grad for parameter in experts.parameters())
-    )
-
-
-def _choose(
-    experts: nn.Module, first: Tensor, down: Tensor, dtype: torch.dtype, needs_grad: bool
-) -> "_Plain | _Cached":
-    # Checkpointing runs the first forward of a training step without gradients; the weights will
-    # have changed by the next.
-    lasting = not needs_grad and not experts.training and not _offloaded(experts)
-    if lasting and dtype in PACKABLE and can_cache(first) and can_cache(down):
-        return _Cached(experts, first, down)
-    if not torch.compiler.is_compiling():
-        packed_copies.forget(first, down)
-    return _Plain(experts, first.to(dtype), down.to(dtype))
 
 
 def _offloaded(experts: nn.Module) -> bool:
@@ -145,13 +126,13 @@ class _Cached:
 
 
 def _packed(
-    experts: nn.Module, held: PackedWeights, first_name: str, device: torch.device, needs_grad: bool
+    experts: nn.Module, held: PackedWeights, first_name: str, x: Tensor, weights: Tensor
 ) -> "_Packed":
     reason = None
-    if needs_grad:
+    if needs_grad(experts, x, weights):
         reason = "have no gradient; run under torch.no_grad(), or unpack the model to train it"
-    elif device.type != "cpu":
-        reason = f"stay on the CPU, but the tokens are on {device}; unpack the model to move it"
+    elif x.device.type != "cpu":
+        reason = f"stay on the CPU, but the tokens are on {x.device}; unpack the model to move it"
     elif held.options[first_name]["gated"] and fused_activation(experts) is None:
         reason = "were laid out for another gate or activation than it has now; unpack the model"
     if reason is not None:

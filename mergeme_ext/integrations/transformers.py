@@ -1,5 +1,6 @@
 """Runs the Mixture-of-Experts blocks of a transformers model with the package's ops."""
 
+import functools
 from types import MethodType, TracebackType
 
 import torch
@@ -19,13 +20,18 @@ from mergeme_ext.ops import topk_gating
 __all__ = ["SwappedExperts", "pack_for_inference", "register", "unpack", "use_mergeme_experts"]
 
 
-def register() -> None:
+def register(*, cache: bool = True) -> None:
     """Add "mergeme" to the implementations that ``experts_implementation`` of transformers names.
 
     ``from_pretrained(..., experts_implementation="mergeme")``, a configuration's
     ``_experts_implementation`` and ``model.set_experts_implementation("mergeme")`` then serve every
     model whose experts use transformers' interface, in inference and training. Weights stay the
-    model's own parameters.
+    model's own parameters. Call it again to change the option.
+
+    Args:
+        cache: For inference on the CPU keep packed copies of the experts' weights, made on first
+            use: as much memory again as the experts take. See ``pack_for_inference`` for packed
+            weights without their originals.
 
     Raises:
         ImportError: transformers is missing, or older than its experts interface.
@@ -39,7 +45,8 @@ def register() -> None:
             "register: expected a transformers 5 with an experts interface to be installed; "
             f"run: pip install --upgrade 'mergeme_ext[hf]' ({error})"
         ) from error
-    ALL_EXPERTS_FUNCTIONS.register("mergeme", experts_forward)
+    forward = experts_forward if cache else functools.partial(experts_forward, cache=False)
+    ALL_EXPERTS_FUNCTIONS.register("mergeme", forward)
 
 
 def pack_for_inference(model: nn.Module) -> None:

@@ -7,16 +7,18 @@ from mergeme_ext.moe.losses import (
     pooled_load_balancing_loss,
     router_z_loss,
 )
-from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict
-from mergeme_ext.moe.router import TopKRouter
+from mergeme_ext.moe.parallel import ParallelExperts, full_state_dict, parallel_parameter_names
+from mergeme_ext.moe.router import Routing, TopKRouter
 
 __all__ = [
     "Experts",
     "MoELayer",
     "ParallelExperts",
+    "Routing",
     "TopKRouter",
     "full_state_dict",
     "load_balancing_loss",
+    "parallel_parameter_names",
     "per_expert_state_dict",
     "pooled_load_balancing_loss",
     "router_z_loss",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeme_ext.moe.layouts import fuse_experts, keep_owned, per_expert_tensors
+from mergeme_ext.moe.packed import cached_experts, can_cache, packed_copies
 from mergeme_ext.ops import grouped_experts, sort_by_expert
 
 __all__ = ["Experts", "per_expert_state_dict", "run_experts"]
@@ -24,6 +25,7 @@ def run_experts(
     sentinel: bool = False,
     capacity: int | None = None,
     priority: Tensor | None = None,
+    cache: bool = False,
 ) -> Tensor:
     """Return, for each token of ``x``, the weighted sum of its experts' outputs.
 
@@ -38,6 +40,7 @@ def run_experts(
         capacity: How many choices an expert takes at most; the rest add nothing. None for all.
         priority: [T, K], float32 or float64: which choices it takes, the greatest; None for the
             first.
+        cache: See ``multiply_experts``.
 
     Returns:
         [T, H], new, contiguous, dtype of ``x``; summed in float32 (float64 for float64) over k in
@@ -45,19 +48,49 @@ def run_experts(
 
     Source: Mixtral, arXiv:2401.04088, section 2.
     """
-    expert_offsets, permutation, inverse = sort_by_expert(
+    routing = sort_by_expert(
         topk_ids, gate_up_proj.shape[0], sentinel=sentinel, capacity=capacity, priority=priority
     )
-    return grouped_experts(
-        x,
-        gate_up_proj,
-        down_proj,
-        topk_weights,
-        expert_offsets,
-        permutation,
-        inverse,
-        activation=activation,
+    return multiply_experts(
+        x, gate_up_proj, down_proj, topk_weights, routing, activation=activation, cache=cache
     )
+
+
+def multiply_experts(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
+    *,
+    activation: str,
+    cache: bool,
+) -> Tensor:
+    """Return ``grouped_experts`` of the arguments, computed from cached packed weights if it may.
+
+    Args:
+        x: [T, H].
+        gate_up_proj: [E, 2I, H], dtype of ``x``.
+        down_proj: [E, H, I], dtype of ``x``.
+        topk_weights: [T, K].
+        routing: From ``sort_by_expert``.
+        activation: "silu", "gelu" or "gelu_tanh".
+        cache: The weights will be the same in later calls. On the CPU, where no gradient is
+            recorded, packed copies of parameters are then made and kept (see ``PackedExperts``),
+            which take as much memory again.
+
+    Returns:
+        [T, H], the same bits with and without ``cache``.
+    """
+    tensors = (x, gate_up_proj, down_proj, topk_weights)
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    one_dtype = x.dtype == gate_up_proj.dtype == down_proj.dtype
+    if cache and one_dtype and not records and x.device.type == "cpu":
+        if can_cache(gate_up_proj) and can_cache(down_proj):
+            return cached_experts(*tensors, *routing, activation=activation)
+    elif not torch.compiler.is_compiling():
+        packed_copies.forget(gate_up_proj, down_proj)
+    return grouped_experts(*tensors, *routing, activation=activation)
 
 
 class Experts(nn.Module):
@@ -66,6 +99,10 @@ class Experts(nn.Module):
     ``load_state_dict`` takes the fused layout, which ``state_dict`` gives, and the per-expert ones
     of published checkpoints (``0.gate_proj.weight``, ... or ``0.w1.weight``, ...), which
     ``per_expert_state_dict`` gives.
+
+    In evaluation mode, on the CPU and without gradients, packed copies of the weights are made at
+    the first call and kept until the weights change: faster, the same results, and as much memory
+    again. ``mergeme_ext.moe.packed.packed_copies.forget()`` frees them.
 
     Args:
         hidden_size: H.
@@ -147,6 +184,8 @@ class Experts(nn.Module):
             sentinel=sentinel,
             capacity=capacity,
             priority=priority,
+            # The weights of a module in training will have changed by the next step.
+            cache=not self.training,
         )
 
     def extra_repr(self) -> str:
@@ -179,11 +218,11 @@ def per_expert_state_dict(module: nn.Module, layout: str = "projections") -> dic
         if isinstance(experts, Experts)
     }
     gone = {prefix + "down_proj" for prefix, _ in split.values()}
-    found = {}
-    for key, tensor in module.state_dict().items():
+    found, state = {}, module.state_dict()
+    for key, tensor in state.items():
         if key in split:
             prefix, experts = split[key]
-            down = experts.down_proj.detach()
+            down = state[prefix + "down_proj"]
             matrices = per_expert_tensors(tensor, down, experts.owned, layout)
             found |= {prefix + name: matrix for name, matrix in matrices.items()}
         elif key not in gone:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mergeme_ext.moe.experts import Experts
 from mergeme_ext.moe.parallel import ParallelExperts
 from mergeme_ext.moe.probe import RENAMED, compare, read_block
-from mergeme_ext.moe.router import RouterOptions, TopKRouter
+from mergeme_ext.moe.router import RouterOptions, Routing, TopKRouter
 from mergeme_ext.moe.shared import SharedExpert
 
 __all__ = ["MoELayer"]
@@ -171,20 +171,23 @@ class MoELayer(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, return_router_logits: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the layer's output for ``x``, and the router's logits if asked.
+        self, x: Tensor, return_router_logits: bool = False, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Routing]:
+        """Return the layer's output for ``x``, and what the router decided if asked.
 
         Args:
             x: [..., H], dtype of the parameters; any number of tokens, zero included.
-            return_router_logits: Also return the logits, which ``mergeme_ext.moe.losses`` takes.
+            return_router_logits: Also return the logits.
+            return_routing: Also return the ``Routing`` instead, whose logits and ids the losses in
+                ``mergeme_ext.moe.losses`` take.
 
         Returns:
-            [..., H], new, contiguous, dtype of ``x``; with ``return_router_logits`` a pair of it
-            and [..., E].
+            [..., H], new, contiguous, dtype of ``x``; or a pair of it and the logits [..., E] or
+            the routing of the T tokens in a row.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        logits, topk_ids, topk_weights = self.router(tokens)
+        routing = self.router(tokens)
+        logits, topk_ids, topk_weights = routing
         if topk_weights.dtype != torch.float64 and x.dtype == torch.float64:
             topk_weights = topk_weights.double()
         out = self.experts(tokens, topk_ids, topk_weights, **self._limit(topk_weights))
@@ -194,6 +197,8 @@ class MoELayer(nn.Module):
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
             out = out + shared
         out = out.view(x.shape)
+        if return_routing:
+            return out, routing
         return (out, logits.view(*x.shape[:-1], logits.shape[-1])) if return_router_logits else out
 
     def _limit(self, topk_weights: Tensor) -> dict[str, int | Tensor | None]:

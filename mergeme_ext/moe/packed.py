@@ -10,7 +10,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mergeme_ext.ops import pack_experts, packed_experts, packed_matmul
 
-__all__ = ["PackedExperts", "cached_experts", "cached_matmul", "can_cache", "packed_copies"]
+__all__ = [
+    "PackedExperts",
+    "cached_experts",
+    "cached_matmul",
+    "can_cache",
+    "lets_cache",
+    "needs_grad",
+    "packed_copies",
+]
 
 # What pack_experts lays out for its kernels.
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,13 +136,15 @@ def _state(weight: Tensor) -> tuple:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A view of at least 256 elements as integers, so that NaN equals itself.
+    """A view of some 256 elements, at least two of each expert, as integers: NaN equals itself.
 
-    The step between them is odd, so it walks through all columns of rows with an even length.
+    The step between them is odd, so that it walks through all columns of rows with an even length.
     """
-    elements = max(256, 2 * weight.shape[0])
-    flat = weight.detach().view(-1).view(_BITS[weight.element_size()])
-    return flat[:: max(1, flat.numel() // elements) | 1]
+    step = max(1, weight.numel() // max(256, 2 * weight.shape[0])) | 1
+    count = -(-weight.numel() // step)
+    # One view for speed: this runs in every call of every layer.
+    view = weight.as_strided((count,), (step,), weight.storage_offset())
+    return view.view(_BITS[weight.element_size()])
 
 
 def can_cache(weight: Tensor) -> bool:
@@ -149,6 +159,25 @@ def can_cache(weight: Tensor) -> bool:
         and weight.dtype in PACKABLE
         and weight.is_contiguous()
     )
+
+
+def lets_cache(module: nn.Module, x: Tensor, topk_weights: Tensor, *weights: Tensor) -> bool:
+    """Return whether a call of ``module`` may use cached copies of its ``weights``.
+
+    Only in evaluation mode and without gradients: checkpointing runs the first forward of a
+    training step without gradients too, and the weights will have changed by the next step.
+    """
+    return (
+        all(can_cache(weight) for weight in weights)
+        and x.dtype in PACKABLE
+        and not module.training
+        and not needs_grad(module, x, topk_weights)
+    )
+
+
+def needs_grad(module: nn.Module, *inputs: Tensor) -> bool:
+    """Return whether a call of ``module`` with ``inputs`` will be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *module.parameters()))
 
 
 def cached_experts(

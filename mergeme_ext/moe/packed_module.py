@@ -37,7 +37,10 @@ class PackedWeights:
 
     def original(self, name: str) -> Tensor:
         """Return the weight ``name`` as it was, bit by bit."""
-        return unpack_experts(self.packed[name], self.shapes[name], **self.options[name])
+        options, (_, rows, depth) = self.options[name], self.shapes[name]
+        if options.get("transposed"):
+            rows, depth = depth, rows
+        return unpack_experts(self.packed[name], rows=rows, depth=depth, **options)
 
 
 def packed_weights(module: nn.Module) -> PackedWeights | None:

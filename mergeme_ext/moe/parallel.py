@@ -3,17 +3,23 @@
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mergeme_ext.moe.experts import Experts
-from mergeme_ext.ops import grouped_experts, sort_by_expert
+from mergeme_ext.moe.exchange import Plan, exchange, exchange_rows, rows_to_tokens, tokens_to_rows
+from mergeme_ext.moe.experts import Experts, multiply_experts
+from mergeme_ext.ops import sort_by_expert
 
-__all__ = ["ParallelExperts", "full_state_dict", "run_parallel_experts", "split_experts"]
+__all__ = [
+    "ParallelExperts",
+    "full_state_dict",
+    "parallel_parameter_names",
+    "run_parallel_experts",
+    "split_experts",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,6 +51,7 @@ def run_parallel_experts(
     sentinel: bool = False,
     capacity: int | None = None,
     priority: Tensor | None = None,
+    cache: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return what ``run_experts`` returns, with each rank's tokens sent to the experts' ranks.
@@ -67,6 +74,7 @@ def run_parallel_experts(
             do not travel. None for all.
         priority: [T, K], float32 or float64: which choices it takes, the greatest; None for the
             first.
+        cache: See ``multiply_experts``.
         group: None for the default group. Any backend with all-to-all; gloo and NCCL among them.
 
     Returns:
@@ -115,18 +123,24 @@ def run_parallel_experts(
 
     top_k, kept = topk_ids.shape[1], bounds[-1]
     slots = permutation[:kept]
-    rows = _ToRows.apply(x, slots, inverse, top_k)
+    rows = tokens_to_rows(x, slots, inverse, top_k)
     weights = topk_weights.reshape(-1)[slots]
     local_ids = topk_ids.reshape(-1)[slots] - _per_row(first, counts, slots)
-    plan = _Plan(counts, received, group)
-    ids = _exchange(local_ids, plan)
-    rows, weights = _Exchange.apply(plan, rows, weights)
-    metadata = sort_by_expert(ids[:, None], experts_per_rank[rank])
-    outputs = grouped_experts(
-        rows, gate_up_proj, down_proj, weights[:, None], *metadata, activation=activation
+    plan = Plan(counts, received, group)
+    ids = exchange(local_ids, plan)
+    rows, weights = exchange_rows(plan, rows, weights)
+    routing = sort_by_expert(ids[:, None], experts_per_rank[rank])
+    outputs = multiply_experts(
+        rows,
+        gate_up_proj,
+        down_proj,
+        weights[:, None],
+        routing,
+        activation=activation,
+        cache=cache,
     )
-    (outputs,) = _Exchange.apply(plan.back(), outputs)
-    return _ToTokens.apply(outputs, slots, inverse, top_k)
+    (outputs,) = exchange_rows(plan.back(), outputs)
+    return rows_to_tokens(outputs, slots, inverse, top_k)
 
 
 class ParallelExperts(Experts):
@@ -135,8 +149,13 @@ class ParallelExperts(Experts):
     Takes and gives what ``Experts`` does; see ``run_parallel_experts``. The parameters are those of
     this rank's experts. ``load_state_dict`` takes the state dict of the whole layer in any layout,
     of which it keeps this rank's experts, or this module's own; ``full_state_dict`` puts the whole
-    together again. Averaging the gradients of what is not divided, the router's for one, is left to
-    the caller, as is dividing the experts' by the number of ranks where the loss is a mean.
+    together again.
+
+    The experts' gradients are sums over the tokens of all ranks; what is not divided, the router
+    for one, gets this rank's only. Averaging those is left to the caller, as is dividing the
+    experts' by the number of ranks where each rank's loss is a mean. DistributedDataParallel would
+    average the experts too, as if all ranks held the same ones: have it leave out
+    ``parallel_parameter_names``.
 
     Args:
         hidden_size: H.
@@ -231,12 +250,27 @@ class ParallelExperts(Experts):
             sentinel=sentinel,
             capacity=capacity,
             priority=priority,
+            cache=not self.training,
             group=self.group,
         )
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
         return f"{super().extra_repr()}, owned={self.owned}"
+
+
+def parallel_parameter_names(module: nn.Module) -> list[str]:
+    """Return the names of ``module``'s parameters that differ from rank to rank.
+
+    For ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)``,
+    which is to be called before wrapping ``module``.
+    """
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, experts in module.named_modules()
+        if isinstance(experts, ParallelExperts)
+        for name, _ in experts.named_parameters()
+    ]
 
 
 def full_state_dict(module: nn.Module, dst: int | None = None) -> dict[str, Tensor]:
@@ -276,98 +310,8 @@ def _gather(part: Tensor, experts: ParallelExperts, dst: int | None) -> Tensor |
     source = part.reshape(-1)
     if dst is None:
         source = source.repeat(len(counts))
-    whole = _exchange(source, _Plan(send, receive, group))
+    whole = exchange(source, Plan(send, receive, group))
     return whole.view(-1, *part.shape[1:]) if wanted else None
-
-
-class _Plan(NamedTuple):
-    """How many rows go to each rank and come from it."""
-
-    send: list[int]
-    receive: list[int]
-    group: dist.ProcessGroup | None
-
-    def back(self) -> "_Plan":
-        return _Plan(self.receive, self.send, self.group)
-
-
-def _exchange(rows: Tensor, plan: _Plan) -> Tensor:
-    out = rows.new_empty(sum(plan.receive), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), plan.receive, plan.send, group=plan.group)
-    return out
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all of several tensors' rows.
-
-    One function for all, so that every rank runs the collectives of backward in the same order.
-    """
-
-    @staticmethod
-    def forward(ctx, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan = plan
-        return tuple(_exchange(t, plan) for t in tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        back = ctx.plan.back()
-        need = ctx.needs_input_grad[1:]
-        return None, *(_exchange(g, back) if n else None for g, n in zip(grads, need, strict=True))
-
-
-def _gather_rows(tokens: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    return tokens[slots // max(top_k, 1)]
-
-
-def _sum_rows(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    """Sum over k in order of each token's rows; a slot that was dropped has none."""
-    acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    num_tokens = len(inverse) // top_k if top_k else 0
-    total = rows.new_zeros(num_tokens, rows.shape[1], dtype=acc)
-    places = inverse.view(num_tokens, top_k)
-    dropped = len(rows) < len(inverse)
-    for k in range(top_k):
-        place = places[:, k]
-        if dropped:
-            kept = (place < len(rows)).nonzero().squeeze(1)
-            total[kept] += rows[place[kept]]
-        else:
-            total += rows[place]
-    return total.to(rows.dtype)
-
-
-class _ToRows(torch.autograd.Function):
-    """Tokens to rows sorted by expert: row r is the token of slot ``slots[r]``."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slots: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.shape, ctx.top_k = x.shape, top_k
-        return _gather_rows(x, slots, top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (inverse,) = ctx.saved_tensors
-        grad_x = _sum_rows(grad, inverse, ctx.top_k).view(ctx.shape)
-        return grad_x, None, None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    """Rows to tokens, each the sum of its rows over k in order: the transpose of _ToRows."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, slots: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        ctx.top_k = top_k
-        return _sum_rows(rows, inverse, top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (slots,) = ctx.saved_tensors
-        return _gather_rows(grad, slots, ctx.top_k), None, None, None
 
 
 def _per_row(values: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Token-level router: one linear map, then top-k gating."""
 
 from collections.abc import Callable
-from typing import Self, TypedDict
+from typing import NamedTuple, Self, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,22 @@ from torch import Tensor, nn
 
 from mergeme_ext.ops import topk_gating
 
-__all__ = ["RouterOptions", "TopKRouter"]
+__all__ = ["RouterOptions", "Routing", "TopKRouter"]
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
 GROUP_SCORES = ("max", "top2")
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens.
+
+    ``logits`` [T, E]; ``topk_ids`` int32 [T, K], by falling score; ``topk_weights`` [T, K], float32
+    (float64 for float64 logits).
+    """
+
+    logits: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
 
 
 class RouterOptions(TypedDict, total=False):
@@ -130,16 +142,14 @@ class TopKRouter(nn.Module):
             self.selection_bias.zero_()
             self.expert_counts.zero_()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Routing:
         """Return the logits of ``x`` and the experts and weights they lead to.
 
         Args:
             x: Tokens [T, H].
 
         Returns:
-            ``(logits, topk_ids, topk_weights)``: [T, E] in the dtype of ``x`` or
-            ``compute_dtype``; int32 [T, K] by falling score; float32 [T, K] (float64 for float64
-            logits).
+            The logits in the dtype of ``x`` or ``compute_dtype``, ids and weights.
         """
         weight = self.weight
         if self.compute_dtype is not None:
@@ -164,7 +174,7 @@ class TopKRouter(nn.Module):
         if self.training and self.expert_counts is not None:
             chosen = topk_ids.detach().reshape(-1).to(torch.int64)
             self.expert_counts.scatter_add_(0, chosen, torch.ones_like(chosen))
-        return logits, topk_ids, topk_weights
+        return Routing(logits, topk_ids, topk_weights)
 
     @torch.no_grad()
     def update_selection_bias(

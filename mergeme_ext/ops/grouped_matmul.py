@@ -15,19 +15,23 @@ def grouped_matmul_nt(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Args:
         a: ``[M, K]``; rows sorted by expert.
         b: ``[E, N, K]``, E >= 1, dtype of ``a``.
-        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to M; equal neighbours make an
-            empty group.
+        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to at most M; equal neighbours make
+            an empty group. Rows from the last offset on belong to no expert.
 
     Returns:
-        A new contiguous ``[M, N]`` of ``a``'s dtype. Sums are formed in float32 (float64 for
-        float64 inputs) and rounded once.
+        A new contiguous ``[M, N]`` of ``a``'s dtype, zero in the rows of no expert. Sums are formed
+        in float32 (float64 for float64 inputs) and rounded once.
 
     Raises:
         TypeError: A dtype is not the documented one.
         ValueError: A shape or device does not match, or (CPU; on CUDA the kernel asserts)
-            ``expert_offsets`` does not run from 0 to M without decreasing.
+            ``expert_offsets`` does not run from 0 to at most M without decreasing.
 
     Gradient: ``a`` and ``b``.
+
+    On CUDA devices of compute capability 9.0 and 10.0, bfloat16 products of aligned operands whose
+    sizes are multiples of 8 are left to torch's own ``grouped_mm``, whose kernels for these devices
+    are faster for now. The result is as said here; its last bits may differ from other devices'.
 
     Source: the grouped GEMM of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, without its padding
     of groups to blocks.
@@ -45,19 +49,23 @@ def grouped_matmul_nn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Args:
         a: ``[M, K]``; rows sorted by expert.
         b: ``[E, K, N]``, E >= 1, dtype of ``a``.
-        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to M; equal neighbours make an
-            empty group.
+        expert_offsets: int32 ``[E + 1]``, non-decreasing from 0 to at most M; equal neighbours make
+            an empty group. Rows from the last offset on belong to no expert.
 
     Returns:
-        A new contiguous ``[M, N]`` of ``a``'s dtype. Sums are formed in float32 (float64 for
-        float64 inputs) and rounded once.
+        A new contiguous ``[M, N]`` of ``a``'s dtype, zero in the rows of no expert. Sums are formed
+        in float32 (float64 for float64 inputs) and rounded once.
 
     Raises:
         TypeError: A dtype is not the documented one.
         ValueError: A shape or device does not match, or (CPU; on CUDA the kernel asserts)
-            ``expert_offsets`` does not run from 0 to M without decreasing.
+            ``expert_offsets`` does not run from 0 to at most M without decreasing.
 
     Gradient: ``a`` and ``b``.
+
+    On CUDA devices of compute capability 9.0 and 10.0, bfloat16 products of aligned operands whose
+    sizes are multiples of 8 are left to torch's own ``grouped_mm``, whose kernels for these devices
+    are faster for now. The result is as said here; its last bits may differ from other devices'.
 
     Source: the grouped GEMM of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, without its padding
     of groups to blocks.
@@ -74,7 +82,8 @@ def grouped_matmul_tn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Args:
         a: ``[M, N1]``; rows sorted by expert.
         b: ``[M, N2]``, dtype of ``a``; rows sorted alike.
-        expert_offsets: int32 ``[E + 1]``, E >= 1, non-decreasing from 0 to M.
+        expert_offsets: int32 ``[E + 1]``, E >= 1, non-decreasing from 0 to at most M. Rows from the
+            last offset on belong to no expert, and are left out.
 
     Returns:
         A new contiguous ``[E, N1, N2]`` of ``a``'s dtype, zero for an expert without rows. Sums are
@@ -83,9 +92,13 @@ def grouped_matmul_tn(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Raises:
         TypeError: A dtype is not the documented one.
         ValueError: A shape or device does not match, or (CPU; on CUDA the kernel asserts)
-            ``expert_offsets`` does not run from 0 to M without decreasing.
+            ``expert_offsets`` does not run from 0 to at most M without decreasing.
 
     Gradient: ``a`` and ``b``.
+
+    On CUDA devices of compute capability 9.0 and 10.0, bfloat16 products of aligned operands whose
+    sizes are multiples of 8 are left to torch's own ``grouped_mm``, whose kernels for these devices
+    are faster for now. The result is as said here; its last bits may differ from other devices'.
 
     Source: the weight gradient of MegaBlocks, Gale et al. 2022, arXiv:2211.15841, without its
     padding of groups to blocks.

@@ -170,7 +170,7 @@ def test_a_changed_gate_or_activation_is_not_fused(change, training):
         (activations.ACT2FN["gelu_pytorch_tanh"], "gelu_tanh"),
         (activations.ACT2FN["gelu_new"], "gelu_tanh"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_known_activations(act, expected, dtype):

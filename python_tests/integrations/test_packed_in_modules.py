@@ -5,13 +5,16 @@ import gc
 import io
 import pickle
 import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from mergeme_ext.integrations.transformers import pack_for_inference, register, unpack
+from mergeme_ext.moe import packed
 from mergeme_ext.moe.packed import packed_copies
+from mergeme_ext.ops import pack_experts
 from python_tests.support.experts_classes import build, inputs
 from python_tests.support.experts_runs import assert_as_good, exact, run
 
@@ -243,7 +246,12 @@ def test_weights_with_other_strides_are_not_cached():
     assert packed_copies.made == made
 
 
-def test_threads_make_one_copy():
+def test_threads_make_one_copy(monkeypatch):
+    def slow(*args, **options):
+        time.sleep(0.05)  # so that the others come while the first packs
+        return pack_experts(*args, **options)
+
+    monkeypatch.setattr(packed, "pack_experts", slow)
     experts, routed = make(MIXTRAL)
     expected = unpacked(experts, *routed)
     made, outs = packed_copies.made, []
@@ -262,6 +270,20 @@ def test_threads_make_one_copy():
     assert packed_copies.made == made + 2 and len(outs) == 40
     for out in outs:
         torch.testing.assert_close(out, expected)
+
+
+def test_the_cache_can_be_left_out():
+    experts, routed = make(MIXTRAL)
+    made = packed_copies.made
+    register(cache=False)
+    try:
+        assert_right(experts, routed)
+        assert packed_copies.made == made
+        pack_for_inference(experts)
+        with torch.no_grad():
+            experts(*routed)
+    finally:
+        register()
 
 
 @pytest.mark.slow

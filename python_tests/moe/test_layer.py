@@ -6,6 +6,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mergeme_ext.moe import Experts, MoELayer, TopKRouter
+from mergeme_ext.moe.losses import load_balancing_loss, router_z_loss
 from python_tests.references.moe_layer import moe_layer as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -276,6 +277,35 @@ def test_capacity_drops_the_right_choices(factor, policy):
     b = torch.autograd.grad(expected, list(layer.parameters()), out_grad)
     for found, wanted in zip(a, b, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_the_routing_is_the_routers():
+    layer = MoELayer(12, 7, 4, compute_dtype=torch.float32, dtype=torch.bfloat16)
+    x = tokens((2, 5), 12, torch.bfloat16)
+    out, routing = layer(x, return_routing=True)
+    expected = layer.router(x.view(10, 12))
+    assert all(torch.equal(a, b) for a, b in zip(routing, expected, strict=True))
+    assert torch.equal(out, layer(x)) and routing.logits.dtype == torch.float32
+    assert torch.equal(layer(x, return_router_logits=True)[1].view(10, 4), routing.logits)
+
+
+def test_the_losses_take_the_routing():
+    layer = MoELayer(12, 7, 4, top_k=1)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[1] = 1  # all tokens of ones prefer expert 1
+    x = torch.ones(6, 12)
+    routing = layer(x, return_routing=True)[1]
+    p = torch.softmax(torch.tensor([0.0, 12.0, 0.0, 0.0]), 0)[1]
+    loss = load_balancing_loss(routing.logits, routing.topk_ids)
+    torch.testing.assert_close(loss, 4 * p)
+    before = loss.item()
+    loss.backward()
+    with torch.no_grad():
+        layer.router.weight -= layer.router.weight.grad * 1e5
+    routing = layer(x, return_routing=True)[1]
+    assert load_balancing_loss(routing.logits, routing.topk_ids) < before
+    assert router_z_loss(routing.logits).requires_grad
 
 
 def test_a_sentinel_is_no_expert():

@@ -4,9 +4,18 @@ import re
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from mergeme_ext.moe import Experts, MoELayer, ParallelExperts, per_expert_state_dict
-from mergeme_ext.moe.parallel import full_state_dict, split_experts
+from mergeme_ext.moe import (
+    Experts,
+    MoELayer,
+    ParallelExperts,
+    full_state_dict,
+    parallel_parameter_names,
+    per_expert_state_dict,
+)
+from mergeme_ext.moe.packed import packed_copies
+from mergeme_ext.moe.parallel import split_experts
 from python_tests.support.ranks import Failure, Ranks
 
 H, INNER = 24, 20
@@ -163,6 +172,25 @@ def test_dropped_choices_do_not_travel_and_add_nothing(ranks, limits, by_weight)
         torch.testing.assert_close(got, sum(w[name] for w in expected), rtol=1e-4, atol=1e-4)
 
 
+def infer_on_rank(state, x, ids, weights):
+    experts = ParallelExperts(H, INNER, 5, dtype=x.dtype).eval()
+    experts.load_state_dict(state)
+    with torch.no_grad():
+        found = [experts(x, ids, weights) for _ in range(2)]
+    return *found, len(packed_copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_with_packed_copies(ranks, dtype):
+    state = weights_of(5, dtype)
+    batches = [tokens_of(t, 5, 2, dtype, seed=t) for t in (9, 0, 4)[: ranks.world_size]]
+    trained = ranks.run(run_on_rank, [(state, None, 5, *b) for b in batches])
+    results = ranks.run(infer_on_rank, [(state, *b[:3]) for b in batches])
+    for (first, again, copies), (expected, *_) in zip(results, trained, strict=True):
+        assert torch.equal(first, expected) and torch.equal(again, expected)
+        assert copies == 2
+
+
 def layers_on_rank(x, seed):
     """Two layers, one after the other, trained one step; and the one-process twin's figures."""
     torch.manual_seed(seed)
@@ -185,7 +213,40 @@ def test_a_model_of_two_layers(ranks):
     results = ranks.run(layers_on_rank, [(x[r], 3) for r in range(ranks.world_size)])
     for alone, parallel in results:
         for a, b in zip(alone, parallel, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().sum() > 0))
+            scale = a.abs().max().item() if a.numel() else 0
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * scale)
+
+
+def train_on_rank(state, x):
+    """One step's gradients under DistributedDataParallel."""
+    model = two_parts()
+    model.load_state_dict(state)
+    model[1].divide_experts()
+    names = parallel_parameter_names(model)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    wrapped = DistributedDataParallel(model)  # by name: it must outlive backward
+    wrapped(x).square().mean().backward()
+    assert names == ["1.experts.gate_up_proj", "1.experts.down_proj"]
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def two_parts():
+    return torch.nn.Sequential(torch.nn.Linear(H, H), MoELayer(H, INNER, 5, top_k=2))
+
+
+def test_with_data_parallelism(ranks):
+    model = two_parts()
+    x = torch.randn(ranks.world_size, 6, H)
+    model(x).square().mean().backward()
+    results = ranks.run(train_on_rank, [(model.state_dict(), part) for part in x])
+    for name, p in model.named_parameters():
+        if "experts" in name:  # a sum of the ranks' means
+            got = torch.cat([grads[name] for grads in results]) / ranks.world_size
+        else:
+            got = results[0][name]
+            assert all(torch.equal(grads[name], got) for grads in results)
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(got, p.grad, rtol=0, atol=1e-5 * scale)
 
 
 def initial_on_rank(seed):

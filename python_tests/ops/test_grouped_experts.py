@@ -219,8 +219,14 @@ def test_rejects_bad_input(backend, name, spoil, error, message):
 BAD_VALUES = [
     ("expert_offsets", [0, 2, 7], ValueError, "to end at most at 6, got 7", "offsets"),
     ("expert_offsets", [0, 7, 6], ValueError, "got 6 after 7 at position 2", "<="),
-    ("permutation", [0, 1, 2, 6, 4, 5], IndexError, r"in \[0, 6\), got 6 at position 3", "slot"),
-    ("inverse", [0, -1, 2, 3, 4, 5], IndexError, r"in \[0, 6\), got -1 at position 1", "inside"),
+    (
+        "permutation",
+        [0, 1, 2, 6, 4, 5],
+        IndexError,
+        r"in \[0, 6\), got 6 at position 3",
+        "permutation",
+    ),
+    ("inverse", [0, -1, 2, 3, 4, 5], IndexError, r"in \[0, 6\), got -1 at position 1", "inverse"),
 ]
 
 

@@ -136,3 +136,26 @@ def test_fragments_from_ldmatrix_feed_mma():
     transposed = bits(b.T.contiguous())
     at = 2 * (16 * (lane % 8) + 8 * (lane // 8 % 2))
     assert (ldmatrix(transposed, at, 2, False) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_pair_rounds_to_even_and_puts_the_first_below(dtype):
+    ulp = torch.finfo(dtype).eps
+    x = torch.tensor([[1 + ulp / 2, 1 + 1.5 * ulp], [-0.0, float("inf")], [1e-30, 1e30], [0.1, -3]])
+    name = f"round_pair_{str(dtype).removeprefix('torch.')}"
+    out = run(name, (x.numpy(),), ((4, 3), np.uint32), block=(4, 1, 1))
+    rounded = x.to(dtype)
+    assert np.array_equal(out[:, 0], pair(*bits(rounded).astype(np.uint32).T))
+    assert np.array_equal(out[:, 1:].view(np.float32), rounded.float().numpy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_pair_keeps_nan(dtype):
+    x = np.array([[np.nan, 1]], np.float32)
+    out = run(
+        f"round_pair_{str(dtype).removeprefix('torch.')}",
+        (x,),
+        ((1, 3), np.uint32),
+        block=(1, 1, 1),
+    )
+    assert np.isnan(out[0, 1].view(np.float32)) and out[0, 2].view(np.float32) == 1

@@ -186,3 +186,9 @@ def test_launches_from_several_threads_take_turns():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(launch, range(60)))
+
+
+def test_store_16():
+    x = np.arange(3 * 4, dtype=np.uint32).reshape(3, 4)
+    out = run("store_16", (x,), ((4, 4), np.uint32), n=16, block=(3, 1, 1))
+    assert np.array_equal(out[1:], x) and np.array_equal(out[0], np.full(4, 2**32 - 1))

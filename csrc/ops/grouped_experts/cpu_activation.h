@@ -16,6 +16,17 @@ MERGEME_INLINE V sigmoid(V x) {
   return 1 / (V{} + 1 + exp(-x));
 }
 
+// The sigmoid s of x and its slope s (1 - s). Both from e^-|x|: 1 - s, where s is close to 1, would
+// keep few correct digits, and the slopes of the activations multiply it by as much as the gate's
+// cube.
+template <typename V>
+MERGEME_INLINE V sigmoid(V x, V& slope) {
+  const V e = exp(V(x < 0 ? x : -x));
+  const V larger = 1 / (1 + e);
+  slope = e * larger * larger;
+  return x < 0 ? e * larger : larger;
+}
+
 template <typename V>
 MERGEME_INLINE V error_function(V x) {
   for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::erf(x[i]);
@@ -28,8 +39,9 @@ MERGEME_INLINE V activate(V gate, V& slope) {
   using Acc = std::remove_cvref_t<decltype(gate[0])>;
   if constexpr (kKind == Activation::kSilu) {
     if constexpr (!kSlope) return gate / (V{} + 1 + exp(-gate));
-    const V s = sigmoid(gate);
-    slope = s * (1 + gate * (1 - s));
+    V rise;
+    const V s = sigmoid(gate, rise);
+    slope = s + gate * rise;
     return gate * s;
   } else if constexpr (kKind == Activation::kGelu) {
     constexpr Acc kRoot = Acc(std::numbers::sqrt2 / 2);
@@ -42,9 +54,11 @@ MERGEME_INLINE V activate(V gate, V& slope) {
     constexpr Acc kTwice = Acc(2 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi);
     constexpr Acc kCubic = Acc(0.044715);
     const V square = gate * gate;
-    const V half = sigmoid(V(kTwice * gate * (1 + kCubic * square)));
-    if constexpr (kSlope)
-      slope = half + gate * half * (1 - half) * kTwice * (1 + 3 * kCubic * square);
+    const V inner = kTwice * gate * (1 + kCubic * square);
+    if constexpr (!kSlope) return gate * sigmoid(inner);
+    V rise;
+    const V half = sigmoid(inner, rise);
+    slope = half + gate * rise * kTwice * (1 + 3 * kCubic * square);
     return gate * half;
   }
 }

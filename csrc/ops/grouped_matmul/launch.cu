@@ -1,30 +1,60 @@
 #include "csrc/ops/grouped_matmul/kernel_sm80.cuh"
-#include "csrc/simt/launch.h"
 
 namespace mergeme::grouped_matmul {
 namespace {
 
+// The same with its grid of height x width tiles.
+Params with_grid(Params p, int64_t height, int64_t width) {
+  constexpr const char* kName = "grouped_matmul";
+  p.grid =
+      p.layout == Layout::kTn
+          ? grouped::sum_grid(kName, p.num_experts, p.a_columns, height, p.out_columns, width)
+          : grouped::row_grid(kName, p.num_tokens, p.num_experts, height, p.out_columns, width);
+  return p;
+}
+
+void plan(const Params& p, int64_t height, void* stream) {
+  grouped::launch_plan({.plan = p.layout == Layout::kTn ? nullptr : p.plan,
+                        .expert_offsets = p.expert_offsets,
+                        .num_rows = p.num_tokens,
+                        .num_experts = p.num_experts,
+                        .height = height,
+                        .list_rest = true},
+                       stream);
+}
+
 template <typename T, Layout kLayout>
 void launch_portable(const Params& p, void* stream) {
-  simt::launch("grouped_matmul",
-               {.grid = grouped::blocks_for(tile_grid(p, grouped::kTile, grouped::kTile)),
-                .block = grouped::kTileThreads,
-                .shared_bytes = sizeof(grouped::TileShared<acc_t<T>>),
-                .stream = stream},
-               grouped_matmul_kernel<T, kLayout>, p);
+  plan(p, grouped::kTile, stream);
+  grouped::launch_tiles<grouped_matmul_kernel<T, kLayout>>(
+      "grouped_matmul",
+      {.block = grouped::kTileThreads,
+       .shared_bytes = sizeof(grouped::TileShared<acc_t<T>>),
+       .stream = stream},
+      with_grid(p, grouped::kTile, grouped::kTile));
+}
+
+template <typename T, Layout kLayout, int kRows>
+void launch_sm80(const Params& p, void* stream) {
+  plan(p, kRows, stream);
+  grouped::launch_tiles<grouped_matmul_sm80_kernel<T, kLayout, kRows>>(
+      "grouped_matmul (sm_80)",
+      {.block = grouped::sm80::kThreads,
+       .shared_bytes = grouped::sm80::Shape<kRows>::kSharedBytes,
+       .stream = stream},
+      with_grid(p, kRows, grouped::sm80::kColumns));
 }
 
 template <typename T, Layout kLayout>
 void launch_layout(const Params& p, void* stream) {
   if constexpr (sizeof(T) == 2) {
     if (simt::compute_capability() >= 80 && fits_sm80(p)) {
-      constexpr int kSide = grouped::sm80::kSide;
-      return simt::launch("grouped_matmul (sm_80)",
-                          {.grid = grouped::blocks_for(tile_grid(p, kSide, kSide)),
-                           .block = grouped::sm80::kThreads,
-                           .shared_bytes = grouped::sm80::kSharedBytes,
-                           .stream = stream},
-                          grouped_matmul_sm80_kernel<T, kLayout>, p);
+      if constexpr (kLayout == Layout::kTn)
+        return launch_sm80<T, kLayout, 128>(p, stream);
+      else
+        return grouped::sm80::dispatch_height(p.num_tokens, p.num_experts, [&]<int kRows>() {
+          launch_sm80<T, kLayout, kRows>(p, stream);
+        });
     }
   }
   launch_portable<T, kLayout>(p, stream);
@@ -44,6 +74,29 @@ void launch(const Params& p, void* stream) {
         return launch_layout<T, Layout::kTn>(p, stream);
     }
   });
+}
+
+bool torch_is_faster(const Params& p) {
+  const int capability = simt::compute_capability();
+  return (capability == 90 || capability == 100) && p.dtype == DType::kBFloat16 && fits_sm80(p) &&
+         p.num_tokens > 0 && p.a_columns > 0 && p.out_columns > 0 && p.out_columns % 8 == 0;
+}
+
+void launch_check(const Params& p, void* stream) {
+  grouped::launch_plan(
+      {.expert_offsets = p.expert_offsets, .num_rows = p.num_tokens, .num_experts = p.num_experts},
+      stream);
+}
+
+void launch_zeros(const Params& p, void* stream) {
+  const auto run = [&]<Layout kLayout>() {
+    simt::launch("grouped_matmul (zeros)", {.grid = 256, .block = kZeroThreads, .stream = stream},
+                 zeros_kernel<kLayout>, p);
+  };
+  if (p.layout == Layout::kTn)
+    run.template operator()<Layout::kTn>();
+  else
+    run.template operator()<Layout::kNt>();  // nn alike
 }
 
 }  // namespace mergeme::grouped_matmul

@@ -47,6 +47,8 @@ PYBIND11_MODULE(_simt, m) {
   m.def("set_schedule", [](int schedule, uint64_t seed) {
     mergeme::simt::host::set_schedule(static_cast<mergeme::simt::host::Schedule>(schedule), seed);
   });
+  m.def("set_compute_capability",
+        [](int capability) { mergeme::simt::host::compute_capability = capability; });
   m.attr("sanitizer") = MERGEME_SANITIZE;
   m.def("run_test_kernel", run_test_kernel, py::arg("kernel"), py::arg("in"), py::arg("out"),
         py::arg("n"), py::arg("grid"), py::arg("block"), py::arg("shared_bytes"));

@@ -76,4 +76,10 @@ void mma(const char* call, float (&d)[4], const uint32_t (&a)[4], const uint32_t
       where);
 }
 
+// See round_pair in mma.cuh.
+template <typename T>
+uint32_t round_pair(float first, float second) {
+  return from_acc<T>(first).bits | uint32_t{from_acc<T>(second).bits} << 16;
+}
+
 }  // namespace mergeme::simt::host

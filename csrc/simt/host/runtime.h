@@ -47,6 +47,9 @@ inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // sm_90; smaller devices
 enum class Schedule { kForward, kReverse, kShuffled };
 void set_schedule(Schedule schedule, uint64_t seed);
 
+// What simt::compute_capability() returns.
+inline int compute_capability = 80;
+
 // Runs `thread` once for every thread of the grid. Throws std::runtime_error, naming the kernel and
 // where possible the block and the thread, at the first failure; the rest of the grid is dropped
 // without unwinding, so kernels own no resources.

@@ -141,6 +141,23 @@ __global__ void mma_kernel(Params p) {
   for (int i = 0; i < 4; ++i) static_cast<float*>(p.out)[4 * l + i] = d[i];
 }
 
+// out[i] = in[i], 16 bytes each, n bytes off.
+__global__ void store_16_kernel(Params p) {
+  const auto* in = static_cast<const uint32_t*>(p.in) + 4 * thread_rank();
+  store_16(static_cast<unsigned char*>(p.out) + p.n + 16 * thread_rank(),
+           {in[0], in[1], in[2], in[3]});
+}
+
+// out[i] = the two floats in[2 i] and in[2 i + 1] rounded side by side, and each of them as a float
+// again: [threads, 3] uint32.
+template <typename T>
+__global__ void round_pair_kernel(Params p) {
+  const auto* in = static_cast<const float*>(p.in);
+  auto* out = static_cast<uint32_t*>(p.out) + 3 * thread_rank();
+  out[0] = round_pair<T>(in[2 * thread_rank()], in[2 * thread_rank() + 1]);
+  for (int i = 0; i < 2; ++i) out[1 + i] = bits_of(of_pair<T>(out[0], i));
+}
+
 // In: each lane's byte offset [32] int32, then n bytes for shared memory. Out: [32][Count] uint32.
 template <int Count, bool Transpose>
 __global__ void ldmatrix_kernel(Params p) {
