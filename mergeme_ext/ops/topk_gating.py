@@ -43,7 +43,8 @@ def topk_gating(
         ones the lower expert first. ``topk_weights``, ``[T, K]``, float32 (float64 for float64
         logits). Both new and contiguous. Arithmetic is in float32 (float64 for float64 logits), in
         one order on all devices: all give the same bits. Without a bias the logits themselves are
-        compared, so that scores which round to one number keep their order.
+        compared, so that scores which round to one number keep their order. In float32 an
+        exponential below 2^-126 is taken as 0.
 
         A row with a NaN, in the logits or in score plus bias, gets NaN weights and valid ids. With
         softmax a logit of +inf gives NaN, as in torch. Where all scores that are summed are

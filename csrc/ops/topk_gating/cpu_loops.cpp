@@ -349,20 +349,31 @@ MERGEME_INLINE void widen(const T* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_acc(from[i]);
 }
 
+// The logits of a tile as rows of `width` floats, padded with -inf: themselves, if they are that
+// already, or widened into `room`, whose padding is there.
+template <typename T>
+MERGEME_INLINE const float* logits_of_tile(const T* from, int count, int64_t n, int64_t width,
+                                           float* room) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (n == width) return from;
+  for (int r = 0; r < count; ++r) widen(from + r * n, room + r * width, n);
+  return room;
+}
+
 // The forward pass for K <= 16 and float32 arithmetic, a tile of rows at once.
 template <typename T, Score S>
 void forward_tiles(const Params& p, int64_t begin, int64_t end, double* room) {
   const int64_t n = p.num_experts, width = padded(n);
   const int top_k = static_cast<int>(p.top_k);
-  float* logits = reinterpret_cast<float*>(room);
-  int32_t* keys = reinterpret_cast<int32_t*>(logits + kTile * width);
+  float* widened = reinterpret_cast<float*>(room);
+  int32_t* keys = reinterpret_cast<int32_t*>(widened + kTile * width);
   float* shares = reinterpret_cast<float*>(keys + kTile * width);
   int32_t* groups = reinterpret_cast<int32_t*>(shares + kTile * width);
   const float scale = static_cast<float>(p.scale);
   const bool normalized = S == Score::kSoftmax || p.renormalize;
   for (int64_t e = n; e < width; ++e) {
     for (int r = 0; r < kTile; ++r) {
-      logits[r * width + e] = minus_infinity<float>();
+      widened[r * width + e] = minus_infinity<float>();
       keys[r * width + e] = kTakenKey<float>;
     }
   }
@@ -370,8 +381,8 @@ void forward_tiles(const Params& p, int64_t begin, int64_t end, double* room) {
     const int count = static_cast<int>(end - t < kTile ? end - t : kTile);
     float top[kTile] = {}, sum[kTile];
     for (int r = 0; r < kTile; ++r) sum[r] = 1;
-    for (int r = 0; r < count; ++r)
-      widen(static_cast<const T*>(p.logits) + (t + r) * n, logits + r * width, n);
+    const T* rows = static_cast<const T*>(p.logits) + t * n;
+    const float* logits = logits_of_tile(rows, count, n, width, widened);
     if (S == Score::kSoftmax && needs_all(p))
       normalize_rows(logits, count, width, shares, top, sum);
     for (int r = 0; r < count; ++r)
@@ -455,13 +466,13 @@ template <typename T, Score S>
 int64_t backward_tiles(const BackwardParams& p, int64_t begin, int64_t end, double* room) {
   const int64_t n = p.num_experts, width = padded(n);
   const int top_k = static_cast<int>(p.top_k);
-  float* logits = reinterpret_cast<float*>(room);  // where all are needed
-  float* shares = logits + kTile * width;
+  float* widened = reinterpret_cast<float*>(room);  // where all are needed
+  float* shares = widened + kTile * width;
   const float scale = static_cast<float>(p.scale);
   const bool normalized = S == Score::kSoftmax || p.renormalize;
   const bool dense = S == Score::kSoftmax && !p.renormalize;
   for (int r = 0; r < kTile; ++r)
-    for (int64_t e = n; e < width; ++e) logits[r * width + e] = minus_infinity<float>();
+    for (int64_t e = n; e < width; ++e) widened[r * width + e] = minus_infinity<float>();
   for (int64_t t = begin; t < end; t += kTile) {
     const int count = static_cast<int>(end - t < kTile ? end - t : kTile);
     const int32_t* ids = p.ids + t * top_k;
@@ -479,7 +490,7 @@ int64_t backward_tiles(const BackwardParams& p, int64_t begin, int64_t end, doub
     float top[kTile] = {}, sum[kTile], s[kTile] = {};
     for (int r = 0; r < kTile; ++r) sum[r] = 1;
     if (dense) {
-      for (int r = 0; r < count; ++r) widen(rows + r * n, logits + r * width, n);
+      const float* logits = logits_of_tile(rows, count, n, width, widened);
       normalize_rows(logits, count, width, shares, top, sum);
     }
     if (p.renormalize) {
