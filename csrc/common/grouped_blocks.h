@@ -12,7 +12,7 @@ inline constexpr int64_t kPanelColumns = 32;
 // Panels that one pass over a block of A serves, and the depth to which they are widened at once:
 // 512 KB of second-level cache in float32.
 inline constexpr int64_t kPanelGroup = 8;
-inline constexpr int64_t kPanelDepth = 512;
+inline constexpr int64_t kPanelDepth = 256;
 // Packed panels are filled up with zeros to a multiple of this depth (one AMX tile).
 inline constexpr int64_t kPackedDepth = 32;
 // Up to so many blocks of rows, packed 16-bit weights are widened again for each: that takes less

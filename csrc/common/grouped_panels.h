@@ -324,18 +324,20 @@ MERGEME_INLINE void multiply_panels_by_vectors(const PanelTask& task, void* scra
         else
           panels[j] = packed + k * kPanelColumns;
       }
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t m = first_row(i), rows = first_row(i + 1) - m;
-        for (int64_t j = 0; j < count; ++j) {
-          // Packed weights come from far away: the first block asks for those that are next.
-          const bool deeper = k + kPanelDepth < depth;
-          const bool asks = task.packed && i == 0 && (deeper || p + j + kGroup < task.end_panel);
-          const T* next = static_cast<const T*>(task.packed) +
-                          (p + j + (deeper ? 0 : kGroup)) * panel_size +
-                          (deeper ? (k + kPanelDepth) * kPanelColumns : 0);
-          const char* ahead = reinterpret_cast<const char*>(asks ? next : nullptr);
-          multiply_panel(rows, left + i * left_size + k * kRowStride, panels[j], some,
-                         c + m * ldc + j * kPanelColumns, ldc, k == 0, ahead,
+      // One panel's part stays in the first-level cache while all blocks pass over it.
+      for (int64_t j = 0; j < count; ++j) {
+        // Packed weights come from far away: the first block asks for those that are next.
+        const bool deeper = k + kPanelDepth < depth;
+        const bool has_next = task.packed && (deeper || p + j + kGroup < task.end_panel);
+        const T* next = static_cast<const T*>(task.packed) +
+                        (p + j + (deeper ? 0 : kGroup)) * panel_size +
+                        (deeper ? (k + kPanelDepth) * kPanelColumns : 0);
+        for (int64_t i = 0; i < blocks; ++i) {
+          const int64_t m = first_row(i);
+          const bool asks = has_next && i == 0;
+          multiply_panel(first_row(i + 1) - m, left + i * left_size + k * kRowStride, panels[j],
+                         some, c + m * ldc + j * kPanelColumns, ldc, k == 0,
+                         reinterpret_cast<const char*>(asks ? next : nullptr),
                          asks ? int64_t{kPanelColumns * sizeof(T)} : 0);
         }
       }

@@ -57,8 +57,8 @@ void forward(const at::Tensor& x, const Weights& weights, const Routing& routing
              const at::Tensor& out, const at::Tensor& preactivation) {
   const int64_t h = x.size(1), i = weights.intermediate;
   const DType dtype = dtype_of(x);
-  const at::Tensor activation = at::empty({routing.num_rows, i}, x.options());
-  const at::Tensor expert_out = at::empty({routing.num_rows, h}, routing.weights.options());
+  const at::Tensor activation = workspace({routing.num_rows, i}, x.options());
+  const at::Tensor expert_out = workspace({routing.num_rows, h}, routing.weights.options());
   clear_rows(preactivation, std::min(routing.num_rows, preactivation.size(0)));
 
   const auto up = plan_tasks(routing.boundaries, ceil_div(i, kPanelColumns / 2), h);
@@ -146,8 +146,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_cpu_backward(
   const bool needs_pair = output_mask[0] || output_mask[1];
 
   // The gradient of the activations, and with it all that is elementwise.
-  const at::Tensor grad_pair = at::empty({needs_pair ? num_rows : 0, 2 * i}, x.options());
-  const at::Tensor weighted = at::empty({output_mask[2] ? num_rows : 0, i}, x.options());
+  const at::Tensor grad_pair = workspace({needs_pair ? num_rows : 0, 2 * i}, x.options());
+  const at::Tensor weighted = workspace({output_mask[2] ? num_rows : 0, i}, x.options());
   const at::Tensor dots = at::empty({num_rows, panels}, topk_weights.options());
   const Operand grad_rows{.data = grad_out.const_data_ptr(), .ld = h, .divisor = routing.top_k};
   const Operand token_rows{.data = tokens.const_data_ptr(), .ld = h, .divisor = routing.top_k};
@@ -226,7 +226,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_cpu_backward(
         grad_gate_up, 2 * i, h, [&](int64_t row) { return own_rows(grad_pair, row, true); },
         [&](int64_t row) { return from_row(token_rows, row, true); });
   if (output_mask[0]) {
-    const at::Tensor by_row = at::empty({num_rows, h}, topk_weights.options());
+    const at::Tensor by_row = workspace({num_rows, h}, topk_weights.options());
     const auto last = plan_tasks(routing.boundaries, ceil_div(h, kPanelColumns), 2 * i);
     for_each_task(last, scratch_for(last, 2 * i, x), [&](const PlannedTask& p, void* scratch) {
       PanelTask task = product(p, h, 2 * i);

@@ -46,7 +46,7 @@ at::Tensor pack_cpu(const at::Tensor& weight, bool gated, bool interleaved, bool
   const at::Tensor from = weight.contiguous();
   const int64_t filled_up = ceil_div(depth, kPackedDepth) * kPackedDepth;
   const at::Tensor packed =
-      at::empty(packed_sizes(weight.size(0), n, filled_up, gated), weight.options())
+      workspace(packed_sizes(weight.size(0), n, filled_up, gated), weight.options())
           .narrow(2, 0, depth);
   for_each_expert(from, packed, gated, interleaved, transposed,
                   [](const PackTask& task, int64_t begin, int64_t end) {
