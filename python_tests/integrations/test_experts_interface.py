@@ -84,9 +84,13 @@ IN_STEPS = {
 
 @EVERY_CLASS
 def test_what_can_be_fused_is(module, name):
-    found = fused_activation(build(module, name))
+    experts = build(module, name)
+    found = fused_activation(experts)
+    # Later versions of transformers bring classes that the set above does not know.
+    own_gate = type(experts)._apply_gate.__name__ != "_default_apply_gate"
+    in_steps = own_gate or name in IN_STEPS
     gelu = name in {"DiffusionGemmaTextExperts", "Gemma4TextExperts"}
-    assert found == (None if name in IN_STEPS else "gelu_tanh" if gelu else "silu")
+    assert found == (None if in_steps else "gelu_tanh" if gelu else "silu")
 
 
 MIXTRAL = ("mixtral.modeling_mixtral", "MixtralExperts")
