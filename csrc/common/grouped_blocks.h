@@ -9,8 +9,8 @@ namespace mergeme {
 
 // Columns of B in a panel; two vectors of the widest instruction set, an AMX tile pair.
 inline constexpr int64_t kPanelColumns = 32;
-// Panels that one pass over a block of A serves, and the depth to which they are widened at once:
-// 512 KB of second-level cache in float32.
+// Panels that are widened together, and the depth to which they are: one takes 32 KB of first-level
+// cache in float32, all of them 256 KB of the second.
 inline constexpr int64_t kPanelGroup = 8;
 inline constexpr int64_t kPanelDepth = 256;
 // Packed panels are filled up with zeros to a multiple of this depth (one AMX tile).

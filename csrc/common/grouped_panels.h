@@ -6,10 +6,9 @@
 //
 //   A is repacked to [depth, kRowStride] per block, widened, so that the rows of one k lie side by
 //     side and each is broadcast from memory;
-//   B is repacked to [depth, 32] per panel, widened, for as much of the depth as caches hold.
-//   Weights
-//     that were packed before (expert_panels.h) are read as they are where one block of rows is all
-//     there is, and widened once for all blocks otherwise.
+//   B is repacked to [depth, 32] per panel, widened, for as much of the depth as caches hold;
+//     weights packed before (ops/packed_experts) are read as they are where there are only a few
+//     blocks of rows, and widened once for all blocks otherwise.
 //
 // Every c is one chain of multiply-adds over ascending k, whatever the packing, the cut into blocks
 // and panels, the number of rows or of threads: none of them changes a bit. In bfloat16 the sets
