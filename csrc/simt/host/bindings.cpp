@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "csrc/ptx/bindings.h"
 #include "csrc/simt/host/amx.h"
 #include "csrc/simt/host/test_kernels.h"
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_simt, m) {
   m.attr("sanitizer") = MERGEME_SANITIZE;
   m.def("run_test_kernel", run_test_kernel, py::arg("kernel"), py::arg("in"), py::arg("out"),
         py::arg("n"), py::arg("grid"), py::arg("block"), py::arg("shared_bytes"));
+  mergeme::ptx::bind(m.def_submodule("ptx"));
   m.def("emulate_amx", mergeme::simt::host::emulate_amx, py::arg("on") = true);
   m.def("emulated_amx_instructions", mergeme::simt::host::emulated_amx_instructions);
   m.def("run_amx_program", run_amx_program, py::arg("program"), py::arg("memory"));

@@ -50,6 +50,20 @@ void set_schedule(Schedule schedule, uint64_t seed);
 // What simt::compute_capability() returns.
 inline int compute_capability = 80;
 
+// A launch as it reaches run_elsewhere: `kernel` is the address of the host's copy of the kernel.
+struct Launch {
+  const char* name;
+  const void* kernel;
+  dim3 grid, block;
+  unsigned cluster;
+  size_t shared_bytes;
+  const void* params;
+  size_t params_bytes;
+};
+// Where launches go instead of run_grid(), while it is set: to an interpreter of what nvcc made of
+// the kernels.
+inline std::function<void(const Launch&)> run_elsewhere;
+
 // Runs `thread` once for every thread of the grid. Throws std::runtime_error, naming the kernel and
 // where possible the block and the thread, at the first failure; the rest of the grid is dropped
 // without unwinding, so kernels own no resources.
