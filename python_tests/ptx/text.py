@@ -25,13 +25,14 @@ class Instruction:
 @dataclass
 class Kernel:
     name: str  # mangled
+    first: int  # the line of the file, from 1, that it begins with
     before: list[str]  # the file's lines that every kernel shares
     lines: list[str]
     instructions: list[Instruction] = field(default_factory=list)
 
-    def text(self, lines: list[str] | None = None) -> str:
-        """A PTX file that holds this kernel alone, with other lines if given."""
-        return "\n".join([*self.before, *(self.lines if lines is None else lines), ""])
+    def text(self) -> str:
+        """A PTX file that holds this kernel alone."""
+        return "\n".join([*self.before, *self.lines, ""])
 
 
 @cache
@@ -83,7 +84,7 @@ def kernels(text: str) -> dict[str, Kernel]:
     while i < len(lines):
         if m := _ENTRY.match(lines[i]):
             end = next(j for j in range(i, len(lines)) if lines[j].startswith("}"))
-            found[m[1]] = lines[i : end + 1]
+            found[m[1]] = i, lines[i : end + 1]
             i = end + 1
         elif re.match(r"\s*\.section", lines[i]):  # debug information
             i = next(j for j in range(i, len(lines)) if re.match(r"\s*}", lines[j])) + 1
@@ -91,10 +92,10 @@ def kernels(text: str) -> dict[str, Kernel]:
             if not _FILE.match(lines[i]):
                 shared.append(lines[i])
             i += 1
-    return {name: _kernel(name, shared, body, files) for name, body in found.items()}
+    return {name: _kernel(name, i + 1, shared, body, files) for name, (i, body) in found.items()}
 
 
-def _kernel(name, shared, body, files) -> Kernel:
+def _kernel(name, first, shared, body, files) -> Kernel:
     places, instructions = _Places(files), []
     for number, line in enumerate(body):
         places.read(line)
@@ -105,4 +106,4 @@ def _kernel(name, shared, body, files) -> Kernel:
                 Instruction(number, guard and guard + " ", m[2], m[3].strip(), place, source)
             )
     kept = ["" if _LOC.match(line) else line for line in body]
-    return Kernel(name, shared, kept, instructions)
+    return Kernel(name, first, shared, kept, instructions)
