@@ -23,7 +23,7 @@ BUILT_SIMT := $(VENV)/.built-simt-$(SWITCHES)
 # Busy-waiting OpenMP threads make torch many times slower when anything else runs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format build sanitize wheel-check clean
+.PHONY: demo test test-mutations lint format build sanitize wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT) $(VENV)/.demo
@@ -31,6 +31,11 @@ demo: $(BUILT) $(VENV)/.demo
 
 test: $(BUILT_SIMT) $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+# Kernels with one barrier, wait or fence less: each is noticed, or explained. Some minutes.
+test-mutations: $(BUILT_SIMT) $(VENV)/.test
+	MERGEME_MUTATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+	  python_tests/ptx/test_mutations.py $(PYTEST_ARGS)
 
 build: $(BUILT)
 

@@ -18,8 +18,17 @@ static std::string hex(u64 v) {
 }
 
 // ---------------------------------------------------------------- address resolution
-void Warp::raceCheck(const Inst& i, Block* b, u32 off, u32 size, int acc) {
+// Two accesses to a byte, one of them a write, are in order if a barrier of the block lies between
+// them, or if one warp makes them and a warp barrier lies between, or the same instruction or lane.
+// A byte may not be written while an asynchronous copy to it is on its way.
+void Warp::raceCheck(const Inst& i, Block* b, int lane, u32 off, u32 size, int acc) {
   if (b->complexSync) return;
+  if (&i != accessed || accessedBy >> lane & 1) {
+    accessed = &i;
+    accessedBy = 0;
+    accessSerial++;
+  }
+  accessedBy |= 1u << lane;
   if (b->shadow.empty()) b->shadow.resize(b->smemSize);
   u32 e = b->epoch;
   s16 me = (s16)id;
@@ -27,11 +36,36 @@ void Warp::raceCheck(const Inst& i, Block* b, u32 off, u32 size, int acc) {
   u32 other = 0;
   for (u32 k = off; k < off + size; k++) {
     Shadow& s = b->shadow[k];
+    const bool own_atomics = s.aw == me && s.wsync != warpBarriers;  // this warp's, long done
+    const bool after_write = s.we == e && s.ww == me && s.wl != lane && s.wsync == warpBarriers &&
+                             s.wserial != accessSerial;
+    const bool after_read = s.re == e && s.rw == me && s.rl != lane && s.rsync == warpBarriers &&
+                            s.rserial != accessSerial;
+    if (after_write) {
+      what = acc == 1 ? "read after another lane's write" : "write after another lane's write";
+      other = s.wi;
+    } else if (after_read && acc != 1) {
+      what = "write after another lane's read";
+      other = s.ri;
+    }
+    if (s.copies && acc != 1) {
+      what = "write to where an asynchronous copy is on its way";
+      other = s.wi;
+    }
+    if (acc == 1) {
+      s.rl = s.re == e && s.rw == me && s.rsync == warpBarriers && s.rl != lane ? -2 : lane;
+      s.rsync = warpBarriers;
+      s.rserial = accessSerial;
+    } else {
+      s.wl = lane;
+      s.wsync = warpBarriers;
+      s.wserial = accessSerial;
+    }
     if (acc == 1) {
       if (s.we == e && s.ww != me && s.ww != -2) {
         what = "read after write";
         other = s.wi;
-      } else if (s.we == e && s.ww == -2) {
+      } else if (s.we == e && s.ww == -2 && !own_atomics) {
         what = "read after atomic";
         other = s.wi;
       }
@@ -43,13 +77,14 @@ void Warp::raceCheck(const Inst& i, Block* b, u32 off, u32 size, int acc) {
       s.ri = i.src->line;
     } else {
       bool at = acc == 3;
-      if (s.we == e && s.ww != me && !(at && s.ww == -2)) {
+      if (s.we == e && s.ww != me && !((at || own_atomics) && s.ww == -2)) {
         what = "write after write";
         other = s.wi;
       } else if (s.re == e && s.rw != me) {
         what = "write after read";
         other = s.ri;
       }
+      s.aw = at && s.we == e && s.ww == -2 && s.aw != me ? -1 : me;
       s.we = e;
       s.ww = at ? -2 : me;
       s.wi = i.src->line;
@@ -89,7 +124,7 @@ u8* Warp::sharedPtr(const Inst& i, int l, u64 addr, u32 size, int acc) {
          "misaligned shared access of " + std::to_string(size) + " bytes at offset " +
              std::to_string(off - SHB));
   accShared = true;
-  if (L->race) raceCheck(i, b, off - (u32)SHB, size, acc);
+  if (L->race) raceCheck(i, b, l, off - (u32)SHB, size, acc);
   return b->smem + (off - SHB);
 }
 u8* Warp::globalPtr(const Inst& i, int l, u64 addr, u32 size, int acc) {
@@ -179,7 +214,7 @@ u8* Warp::resolve(const Inst& i, int l, u64 addr, u32 size, int sp, int acc) {
           fail(i, l,
                "misaligned shared access of " + std::to_string(size) + " bytes at offset " +
                    std::to_string(off));
-        if (L->race) raceCheck(i, b, (u32)off, size, acc);
+        if (L->race) raceCheck(i, b, l, (u32)off, size, acc);
         return (u8*)addr;
       }
       if (localSize && addr - (u64)localBuf < 32 * localSize) {
@@ -576,7 +611,10 @@ void Warp::landCp(int l, u64 groupBelow, u64 seqBelow) {
       u8* d = blk->smem + c.dst;
       memcpy(d, (void*)c.src, c.nsrc);
       if (c.nsrc < c.size) memset(d + c.nsrc, 0, c.size - c.nsrc);
-      if (L->race && cur) raceCheck(*cur, blk, c.dst, c.size, 2);
+      if (!blk->shadow.empty())
+        for (u32 at = c.dst; at < c.dst + c.size; at++)
+          if (blk->shadow[at].copies) blk->shadow[at].copies--;
+      if (L->race && cur) raceCheck(*cur, blk, l, c.dst, c.size, 2);
     } else
       q[k++] = c;
   }
@@ -612,7 +650,10 @@ static void hCpAsync(Warp& w, const Inst& i, u32 mask) {
         }
         lm |= 1u << l;
       } ad[l] = sa;
-      sd[l] = da; poison(dp, size); w.cp[l].push_back(
+      sd[l] = da; if (w.L->race && !w.blk->shadow.empty()) for (u32 k = 0; k < size; k++)
+                      w.blk->shadow[dp - w.blk->smem + k]
+                          .copies++;
+      poison(dp, size); w.cp[l].push_back(
           {(u32)(dp - w.blk->smem), sa, size, n, w.cpGroup[l], w.cpSeq, i.src->line}););
   w.cpSeq++;
   if (w.L->stats) {

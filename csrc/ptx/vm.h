@@ -168,7 +168,11 @@ struct Warp {
   void doRet(u32 m);
   void doExit(u32 m);
   void landCp(int lane, u64 groupBelow, u64 seqBelow);
-  void raceCheck(const Inst& i, Block* b, u32 off, u32 size, int acc);
+  u32 warpBarriers = 0;            // bar.warp.sync of all its lanes
+  const Inst* accessed = nullptr;  // the last that was checked for races, by these lanes
+  u32 accessedBy = 0;
+  u64 accessSerial = 0;
+  void raceCheck(const Inst& i, Block* b, int lane, u32 off, u32 size, int acc);
   void statMem(const Inst& i, const u64* a, u32 mask, u32 size, bool shared, bool store);
 };
 struct MBar {
@@ -186,10 +190,16 @@ struct Barrier {
   bool land = true, lor = false;
   std::vector<std::tuple<Warp*, const Inst*, u32>> reds;
 };
+// What is known of a byte of shared memory: its last write and its last read (barrier epoch, warp,
+// lane, warp barriers that the warp had passed, instruction), and the copies on their way to it.
 struct Shadow {
   u32 we = 0, re = 0;
-  s16 ww = -1, rw = -1;
+  s16 ww = -1, rw = -1, aw = -1;  // ww is -2 after an atomic; aw: by which warp, if only one
+  s8 wl = -1, rl = -1;            // -2: several lanes have read
+  u32 wsync = 0, rsync = 0;
+  u64 wserial = 0, rserial = 0;
   u32 wi = 0, ri = 0;
+  u16 copies = 0;
 };
 struct Block {
   Launch* L;

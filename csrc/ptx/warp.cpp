@@ -143,6 +143,9 @@ static void hActive(Warp& w, const Inst& i, u32 mask) {
   LANES(d[l] = mask;);
 }
 static void hSyncNop(Warp&, const Inst&, u32) {}
+static void hWarpBarrier(Warp& w, const Inst&, u32 mask) {
+  if (mask == w.alive) w.warpBarriers++;
+}
 static void hMovmatrix(Warp& w, const Inst& i, u32) {
   u64* d = rowd(w, i.o[0]);
   const u64* a = row(w, i.o[1]);
@@ -658,7 +661,7 @@ bool decodeWarp(Module& Mo, Func*, Inst& i, const PInst& p) {
   if ((op == "bar" || op == "barrier") && has(p, "warp")) {
     i.ctl = C_WSYNC;
     i.mmop = 0;
-    i.fn = hSyncNop;
+    i.fn = hWarpBarrier;
     return true;
   }
   if (op == "movmatrix") {

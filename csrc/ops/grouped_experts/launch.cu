@@ -38,7 +38,10 @@ void plan(const Common& p, int64_t height, bool list_rest, void* stream) {
 
 // Launch configurations of the two families.
 simt::LaunchConfig portable(size_t shared_bytes, void* stream) {
-  return {.block = grouped::kTileThreads, .shared_bytes = shared_bytes, .stream = stream};
+  return {.block = grouped::kTileThreads,
+          .shared_bytes = shared_bytes,
+          .stream = stream,
+          .overlaps = true};
 }
 // Of kernels that gather rows, and then keep their sums in the operands' place.
 template <typename T>
@@ -48,7 +51,8 @@ template <int kRows>
 simt::LaunchConfig sm80(void* stream) {
   return {.block = grouped::sm80::kThreads,
           .shared_bytes = grouped::sm80::Shape<kRows>::kSharedBytes,
-          .stream = stream};
+          .stream = stream,
+          .overlaps = true};
 }
 
 // Calls fn.template operator()<kRows>() with the height of the tensor-core tiles to use, or 0 where
@@ -91,7 +95,8 @@ void launch_combine(const CombineParams& p, void* stream) {
   simt::launch("grouped_experts (combine)",
                {.grid = static_cast<unsigned>(std::min(p.num_tokens, kMaxBlocks)),
                 .block = kCombineThreads,
-                .stream = stream},
+                .stream = stream,
+                .overlaps = true},
                combine_kernel<T, kWidth>, p);
 }
 

@@ -30,7 +30,8 @@ void launch_portable(const Params& p, void* stream) {
       "grouped_matmul",
       {.block = grouped::kTileThreads,
        .shared_bytes = sizeof(grouped::TileShared<acc_t<T>>),
-       .stream = stream},
+       .stream = stream,
+       .overlaps = true},
       with_grid(p, grouped::kTile, grouped::kTile));
 }
 
@@ -41,7 +42,8 @@ void launch_sm80(const Params& p, void* stream) {
       "grouped_matmul (sm_80)",
       {.block = grouped::sm80::kThreads,
        .shared_bytes = grouped::sm80::Shape<kRows>::kSharedBytes,
-       .stream = stream},
+       .stream = stream,
+       .overlaps = true},
       with_grid(p, kRows, grouped::sm80::kColumns));
 }
 

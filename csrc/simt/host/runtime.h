@@ -59,6 +59,7 @@ struct Launch {
   size_t shared_bytes;
   const void* params;
   size_t params_bytes;
+  bool overlaps;
 };
 // Where launches go instead of run_grid(), while it is set: to an interpreter of what nvcc made of
 // the kernels.
