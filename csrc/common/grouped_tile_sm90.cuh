@@ -7,6 +7,7 @@
 // on sm_90a only: elsewhere, and on the host shim, their bodies are empty.
 #pragma once
 #include <type_traits>
+#include <utility>
 
 #include "csrc/common/grouped_plan.cuh"
 #include "csrc/common/grouped_tile.cuh"
@@ -41,7 +42,7 @@ struct Shape {
   static constexpr int kRingBytes = kStages * kStageBytes;
   static_assert(kGroups == 1 || kGroups == 2);
   static_assert(kRows % (64 * kGroups) == 0 && kBlocks * kColumns == 256);
-  static_assert(2 * kStages * 8 <= 256);
+  static_assert((2 * kStages + 2) * 8 <= 256);
 
   using Sums = float[kBlocks][kColumns / 2];
 };
@@ -56,17 +57,41 @@ inline bool has_enough_rows(int64_t rows, int64_t num_experts) {
   return 2 * rows > 32 * num_experts;
 }
 
-// Calls fn.template operator()<Shape>() with the shape to use.
+// Calls fn.template operator()<Shape>() with the shape to use for reductions of about this length.
 template <typename F>
-void dispatch_shape(int64_t rows, int64_t num_experts, int64_t depth, F&& fn) {
-  if (2 * rows <= 64 * num_experts) return fn.template operator()<Low>();
+void dispatch_depth(int64_t depth, F&& fn) {
   if (depth <= kShortDepth) return fn.template operator()<Turns>();
   fn.template operator()<Shared>();
 }
+// The same for tiles of kRows planned rows.
+template <int kRows, typename F>
+void dispatch_shape(int64_t depth, F&& fn) {
+  if constexpr (kRows == Low::kRows)
+    fn.template operator()<Low>();
+  else
+    dispatch_depth(depth, fn);
+}
 
-// Maps of the operands' memory for boxes of `side` rows: [matrices, rows, columns], columns running
-// fastest. Boxes of kDepth columns by `side` rows where columns are reduced over, else of 64
-// columns by kDepth rows.
+// Calls fn.template operator()<kRows>() with room for twice the average number of an expert's rows.
+template <typename F>
+void dispatch_height(int64_t rows, int64_t num_experts, F&& fn) {
+  if (2 * rows <= Low::kRows * num_experts) return fn.template operator()<Low::kRows>();
+  fn.template operator()<Shared::kRows>();
+}
+
+// A kernel's Params with the maps of both operands; one that is gathered has none.
+template <typename Params>
+struct WithMaps : Params {
+  simt::TensorMap a_map = {};
+  simt::TensorMap b_map = {};
+};
+
+inline simt::LaunchConfig config(void* stream) {
+  return {.block = kThreads, .shared_bytes = kSharedBytes, .stream = stream};
+}
+
+// The map of an operand's memory, [matrices, rows, columns], columns running fastest: boxes of
+// kDepth columns by `side` rows where columns are reduced over, else of 64 columns by kDepth rows.
 template <typename T>
 simt::TensorMap map_of(const char* name, const void* data, int64_t matrices, int64_t rows,
                        int64_t columns, simt::Run run, int side) {
@@ -248,8 +273,9 @@ class Ring {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Shape::kStages; ++stage) {
         simt::mbarrier_init(barriers() + 8 * stage, arrivals);
-        simt::mbarrier_init(barriers() + 8 * (Shape::kStages + stage), 4 * Shape::kGroups);
+        simt::mbarrier_init(empty(stage), 4 * Shape::kGroups);
       }
+      for (int group = 0; group < 2; ++group) simt::mbarrier_init(turn(group), 4);
       simt::fence_mbarrier_init();
     }
     __syncthreads();
@@ -264,6 +290,15 @@ class Ring {
   __device__ __forceinline__ SharedAddress full() const { return barriers() + 8 * at_; }
   __device__ __forceinline__ SharedAddress empty(int at) const {
     return barriers() + 8 * (Shape::kStages + at);
+  }
+  // Where math warpgroups take turns: before its `number`-th tile a group waits until the other is
+  // through with the tile before. So no one waits for a stage before all that filled it earlier is
+  // known to have been there, and the parity of a phase is enough to tell it by.
+  __device__ __forceinline__ void wait_turn(int group, int number) const {
+    simt::mbarrier_wait(turn(group ^ 1), (number ^ group ^ 1) & 1);
+  }
+  __device__ __forceinline__ SharedAddress turn(int group) const {
+    return barriers() + 8 * (2 * Shape::kStages + group);
   }
   __device__ __forceinline__ void wait_full() const { simt::mbarrier_wait(full(), parity_); }
   __device__ __forceinline__ void wait_empty() const {
@@ -290,15 +325,17 @@ class Ring {
 
 __device__ __forceinline__ int steps_of(int depth) { return (depth + kDepth - 1) / kDepth; }
 
-// Clears the rows of 128 bytes from `first` on in each block of 64 steps.
+// Clears the steps from `first` on in kBytes of a stage. One of threads number 0 to `threads`.
 template <int kBytes>
-__device__ __forceinline__ void clear_steps(char* operand, int first, int thread, int threads) {
+__device__ __forceinline__ void clear_steps(char* stage, int first, int thread, int threads) {
+  constexpr int kChunks = kLineBytes / 16;
+#pragma unroll 1
   for (int i = thread; i < kBytes / 16; i += threads)
-    if (i / 8 % kDepth >= first) reinterpret_cast<uint4*>(operand)[i] = uint4{};
+    if (i / kChunks % kDepth >= first) reinterpret_cast<uint4*>(stage)[i] = uint4{};
 }
 
 // sums[i] are the results of wgmma.cuh of rows 64 i on of the warpgroup's part; `group` is its
-// number among those that share the tile.
+// number.
 template <typename T, typename Shape, typename Operands>
 __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int group,
                                               typename Shape::Sums& sums) {
@@ -310,29 +347,15 @@ __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int 
     for (int j = 0; j < Shape::kColumns / 2; ++j) sums[i][j] = 0;
     simt::pin(sums[i]);
   }
-  if (depth == 0) return;
+  const int part_of_tile = Shape::kGroups == 2 ? group : 0;
   constexpr auto step_bytes = [](Run run) { return run == Run::kDepth ? 32 : 16 * kLineBytes; };
   const uint64_t left = simt::operand_at<Left::kRun>(
-      ring.address() + group * (Shape::kBlocks * kBlockBytes), kBlockBytes);
+      ring.address() + part_of_tile * (Shape::kBlocks * kBlockBytes), kBlockBytes);
   const uint64_t right =
       simt::operand_at<Right::kRun>(ring.address() + Shape::kLeftBytes, kBlockBytes);
   const bool releases = threadIdx.x % 32 == 0;
   int previous = -1;
-  for (int start = 0; start < depth; start += kDepth) {
-    ring.wait_full();
-    if constexpr (Left::kRunsOn || Right::kRunsOn) {
-      if (depth - start < kDepth) {
-        constexpr int kSharing = Shape::kGroups * kGroupThreads;
-        const int thread = group * kGroupThreads + threadIdx.x % kGroupThreads;
-        if constexpr (Left::kRunsOn)
-          clear_steps<Shape::kLeftBytes>(ring.stage(), depth - start, thread, kSharing);
-        if constexpr (Right::kRunsOn)
-          clear_steps<Shape::kStageBytes - Shape::kLeftBytes>(ring.stage() + Shape::kLeftBytes,
-                                                              depth - start, thread, kSharing);
-        simt::fence_async_proxy();
-        simt::sync_threads(Shape::kGroups == 2 ? 1 : threadIdx.x / kGroupThreads, kSharing);
-      }
-    }
+  const auto multiply_stage = [&] {
     if constexpr (Left::kGathered || Right::kGathered) simt::fence_async_proxy();
     simt::wgmma_fence();
     const uint64_t at = simt::operand_step(Shape::kStageBytes) * ring.at();
@@ -350,11 +373,31 @@ __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int 
     if (releases && previous >= 0) simt::mbarrier_arrive(ring.empty(previous));
     previous = ring.at();
     ring.next();
+  };
+  constexpr bool kClears = Left::kRunsOn || Right::kRunsOn;
+  int start = 0;
+  for (; start + (kClears ? kDepth : 1) <= depth; start += kDepth) {
+    ring.wait_full();
+    multiply_stage();
   }
+  if (kClears && start < depth) {
+    ring.wait_full();
+    // The left operand lies before the right one.
+    constexpr int kBegin = Left::kRunsOn ? 0 : Shape::kLeftBytes;
+    constexpr int kEnd = Right::kRunsOn ? Shape::kStageBytes : Shape::kLeftBytes;
+    constexpr int kSharing = Shape::kGroups * kGroupThreads;
+    clear_steps<kEnd - kBegin>(ring.stage() + kBegin, depth - start,
+                               part_of_tile * kGroupThreads + threadIdx.x % kGroupThreads,
+                               kSharing);
+    simt::fence_async_proxy();
+    simt::sync_threads(1 + group - part_of_tile, kSharing);
+    multiply_stage();
+  }
+  if (Shape::kGroups == 1 && releases) simt::mbarrier_arrive(ring.turn(group));
   simt::wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < Shape::kBlocks; ++i) simt::pin(sums[i]);
-  if (releases) simt::mbarrier_arrive(ring.empty(previous));
+  if (releases && previous >= 0) simt::mbarrier_arrive(ring.empty(previous));
 }
 
 // A block's work. for_each(run) calls run(tile) for each of its tiles, the same for all threads;
@@ -402,12 +445,16 @@ __device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
     simt::grow_registers<kGathers ? 216 : 232>();
     const int group = warpgroup - 1, warp = threadIdx.x / 32 - 4;
     const int row = (Shape::kGroups == 2 ? group * 64 * Shape::kBlocks : 0) + warp % 4 * 16;
-    int turn = group;
+    int number = -1;
     for_each([&](const Tile& tile) {
       const int depth = depth_of(tile);
-      if (Shape::kGroups == 1 && turn++ % 2 != 0) return ring.skip(steps_of(depth));
+      ++number;
       typename Shape::Sums sums;
-      multiply_tile<T, Shape, Operands>(ring, depth, Shape::kGroups == 2 ? group : 0, sums);
+      if constexpr (Shape::kGroups == 1) {
+        if (number % 2 != group) return ring.skip(steps_of(depth));
+        ring.wait_turn(group, number / 2);
+      }
+      multiply_tile<T, Shape, Operands>(ring, depth, group, sums);
       finish(tile, sums, row, ring.patch(warp));
     });
   }
@@ -507,6 +554,52 @@ __device__ __forceinline__ void store_sums(const float (&sums)[kCount], char* sh
         if (row + 8 * half < rows && column + 8 * j < columns)
           *reinterpret_cast<float2*>(to + 8 * j) =
               float2{sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]};
+  }
+}
+
+// Sums of 16 rows in a warp's patch, 64 in a row, so that a rolled loop can go over neighbours:
+// unrolled, an activation would be compiled once for each sum of a thread.
+class Parked {
+ public:
+  __device__ __forceinline__ explicit Parked(char* shared) : shared_(shared) {}
+
+  // 32 columns from sums[kFirst] on, then 32 from sums[kSecond] on. The warp passes a barrier.
+  template <int kFirst, int kSecond, int kCount>
+  __device__ __forceinline__ void put(const float (&sums)[kCount]) const {
+    static_assert(kFirst + 16 <= kCount && kSecond + 16 <= kCount);
+    const int row = simt::lane_id() / 4, half = simt::lane_id() / 2 % 2, pair = simt::lane_id() % 2;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int first = j < 4 ? kFirst + 4 * j : kSecond + 4 * (j - 4);
+#pragma unroll
+      for (int l = 0; l < 4; l += 2)
+        *reinterpret_cast<float2*>(shared_ + place(row + 4 * l, 2 * j + half) + 8 * pair) =
+            float2{sums[first + l], sums[first + l + 1]};
+    }
+    __syncwarp();
+  }
+  // Four neighbours.
+  __device__ __forceinline__ float4 get(int row, int chunk) const {
+    return *reinterpret_cast<const float4*>(shared_ + place(row, chunk));
+  }
+
+ private:
+  // Written 4 rows of 2 chunks at once, read 2 rows of 4 even or odd ones.
+  __device__ static __forceinline__ int place(int row, int chunk) {
+    return row * 256 + (chunk ^ (row % 4 * 2 + row % 2)) * 16;
+  }
+  char* shared_;
+};
+
+// Calls fn.template operator()<number>() for a number from 0 to kCount - 1.
+template <int kCount, typename F>
+__device__ __forceinline__ void dispatch_number(int number, F&& fn) {
+  if constexpr (kCount == 1) {
+    fn.template operator()<0>();
+  } else if (number == kCount - 1) {
+    fn.template operator()<kCount - 1>();
+  } else {
+    dispatch_number<kCount - 1>(number, fn);
   }
 }
 

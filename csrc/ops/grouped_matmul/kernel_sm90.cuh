@@ -4,11 +4,6 @@
 
 namespace mergeme::grouped_matmul {
 
-struct Sm90Params : Params {
-  simt::TensorMap a_map;  // see operand_maps()
-  simt::TensorMap b_map;
-};
-
 // Whether tensor maps can describe the operands and rows of results are whole chunks.
 inline bool fits_sm90(const Params& p) {
   using grouped::sm90::kMaxSide;
@@ -18,8 +13,8 @@ inline bool fits_sm90(const Params& p) {
 
 // The contract of grouped_matmul_kernel for float16 and bfloat16 on tensor cores of sm_90.
 template <typename T, Layout kLayout, typename Shape>
-__global__ void __launch_bounds__(grouped::sm90::kThreads, 1)
-    grouped_matmul_sm90_kernel(const __grid_constant__ Sm90Params p) {
+__global__ void __launch_bounds__(grouped::sm90::kThreads, 1) grouped_matmul_sm90_kernel(
+    [[maybe_unused]] const __grid_constant__ grouped::sm90::WithMaps<Params> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace grouped::sm90;
   T* out = static_cast<T*>(p.out);
