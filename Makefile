@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_IN
 C_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_SOURCES := $(C_SOURCES) CMakeLists.txt setup.py mergeme_ext/_version.py
 # A stamp for each way to build: other switches than last time mean another (incremental) build.
-SWITCHES := $(shell echo '$(MERGEME_CUDA) $(TORCH_CUDA_ARCH_LIST) $(MERGEME_CMAKE_ARGS) $(DEBUG)' | cksum | cut -d' ' -f1)
+SWITCHES := $(shell echo '$(MERGEME_CUDA) $(MERGEME_PTX) $(TORCH_CUDA_ARCH_LIST) $(MERGEME_CMAKE_ARGS) $(DEBUG)' | cksum | cut -d' ' -f1)
 BUILT := $(VENV)/.built-$(SWITCHES)
 BUILT_SIMT := $(VENV)/.built-simt-$(SWITCHES)
 
@@ -91,4 +91,4 @@ wheel-check: $(VENV)/.torch
 	  'import mergeme_ext, os; assert mergeme_ext.__file__.startswith(os.getcwd()); print(mergeme_ext._load._C.build_info())'
 
 clean:
-	rm -rf $(VENV) build demo-output mergeme_ext/*.so *.egg-info
+	rm -rf $(VENV) build demo-output mergeme_ext/*.so mergeme_ext/_ptx *.egg-info

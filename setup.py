@@ -3,6 +3,8 @@
 Switches, read from the environment:
     MERGEME_CUDA          auto (default): on when nvcc is found and torch is a CUDA build; 0 or 1
     MERGEME_SIMT          1 builds the test module that runs the CUDA sources on the host
+    MERGEME_PTX           auto (default): with MERGEME_SIMT=1, in place, also the kernels' PTX for it if
+                          nvcc is found; 0 or 1
     TORCH_CUDA_ARCH_LIST  torch's form, such as "8.0;9.0+PTX"; default 8.0+PTX;8.6;8.9;9.0a
     MERGEME_CMAKE_ARGS    further arguments for cmake
     MAX_JOBS, DEBUG       as for torch's own extensions
@@ -79,6 +81,21 @@ def cuda_arguments(torch_cuda: str | None) -> list[str]:
     ]
 
 
+def ptx_arguments(inplace: bool) -> list[str]:
+    switch = os.environ.get("MERGEME_PTX", "auto")
+    if switch not in ("auto", "0", "1"):
+        raise SystemExit(f"mergeme_ext: expected MERGEME_PTX to be auto, 0 or 1, got {switch!r}")
+    toolkit = None if switch == "0" else find_toolkit()
+    if switch == "1" and toolkit is None:
+        raise SystemExit(
+            "mergeme_ext: MERGEME_PTX=1 needs nvcc: set CUDA_HOME to the toolkit's folder"
+        )
+    # For tests in the source tree; never part of a package.
+    if toolkit is None or not inplace or os.environ.get("MERGEME_SIMT") != "1":
+        return ["-DMERGEME_PTX=OFF"]
+    return ["-DMERGEME_PTX=ON", f"-DMERGEME_NVCC={toolkit / 'bin' / 'nvcc'}"]
+
+
 class CMakeBuild(build_ext):
     def run(self):
         for module in ("torch", "pybind11", "ninja", "cmake"):
@@ -105,6 +122,7 @@ class CMakeBuild(build_ext):
             f"-DMERGEME_TORCH_VERSION={torch.__version__}",
             f"-DMERGEME_SIMT={'ON' if os.environ.get('MERGEME_SIMT') == '1' else 'OFF'}",
             *cuda_arguments(torch.version.cuda),
+            *ptx_arguments(self.inplace),
             *os.environ.get("MERGEME_CMAKE_ARGS", "").split(),
         ]
         environment = dict(os.environ)

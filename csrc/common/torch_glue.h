@@ -13,17 +13,23 @@
 #include "csrc/common/numeric.h"
 
 // schema.cpp and cuda.cpp are compiled twice: into _C as mergeme:: for CUDA tensors, and into
-// _simt as mergeme_simt:: for CPU tensors, where launches run on the host shim.
-#define MERGEME_EXPAND_FRAGMENT(ns, m) TORCH_LIBRARY_FRAGMENT(ns, m)
+// _simt as mergeme_simt:: for CPU tensors, where launches run on the host shim. _simt defines the
+// same schemas also for csrc/ptx/ops.cpp, where launches run in the PTX interpreter.
 #define MERGEME_EXPAND_IMPL(ns, key, m) TORCH_LIBRARY_IMPL(ns, key, m)
 #if defined(MERGEME_SIMT)
 #define MERGEME_NAMESPACE mergeme_simt
 #define MERGEME_DEVICE_KEY CPU
+#define MERGEME_SCHEMA(m)                                                     \
+  static void define_schemas(torch::Library& m);                              \
+  TORCH_LIBRARY_FRAGMENT(mergeme_simt, library) { define_schemas(library); }  \
+  TORCH_LIBRARY_FRAGMENT(mergeme_ptx80, library) { define_schemas(library); } \
+  TORCH_LIBRARY_FRAGMENT(mergeme_ptx90, library) { define_schemas(library); } \
+  static void define_schemas(torch::Library& m)
 #else
 #define MERGEME_NAMESPACE mergeme
 #define MERGEME_DEVICE_KEY CUDA
+#define MERGEME_SCHEMA(m) TORCH_LIBRARY_FRAGMENT(mergeme, m)
 #endif
-#define MERGEME_SCHEMA(m) MERGEME_EXPAND_FRAGMENT(MERGEME_NAMESPACE, m)
 #define MERGEME_DEVICE_IMPL(m) MERGEME_EXPAND_IMPL(MERGEME_NAMESPACE, MERGEME_DEVICE_KEY, m)
 
 namespace mergeme {

@@ -1,9 +1,12 @@
-// The interpreter as the submodule _simt.ptx, for its own tests and for looking at one kernel.
+// The interpreter as the submodule _simt.ptx, for its own tests and for looking at one kernel; and
+// what tests set and read of the ops that run in it.
 #include "csrc/ptx/bindings.h"
 
 #include <pybind11/stl.h>
 
+#include "csrc/ptx/backend.h"
 #include "csrc/ptx/interpreter.h"
+#include "csrc/ptx/ops.h"
 
 namespace py = pybind11;
 
@@ -60,6 +63,33 @@ void bind(py::module_ m) {
       .def("variable", &Module::variable)
       .def("launch", launch, py::arg("kernel"), py::arg("options"), py::arg("parameters"),
            py::arg("buffers"));
+
+  register_ops();
+  py::class_<Record>(m, "Record")
+      .def_readonly("op", &Record::op)
+      .def_readonly("variant", &Record::variant)
+      .def_readonly("kernel", &Record::kernel)
+      .def_readonly("architecture", &Record::architecture)
+      .def_readonly("capability", &Record::capability)
+      .def_readonly("seed", &Record::seed)
+      .def_readonly("grid", &Record::grid)
+      .def_readonly("block", &Record::block)
+      .def_readonly("cluster", &Record::cluster)
+      .def_readonly("shared_bytes", &Record::shared_bytes)
+      .def_readonly("statistics", &Record::statistics);
+  py::class_<Settings>(m, "Settings")
+      .def_readwrite("seeds", &Settings::seeds)
+      .def_readwrite("capability", &Settings::capability)
+      .def_readwrite("record", &Settings::record)
+      .def_readwrite("profile", &Settings::profile)
+      .def_readwrite("max_seconds", &Settings::max_seconds);
+  m.attr("settings") = py::cast(&settings(), py::return_value_policy::reference);
+  m.def("take_records", take_records);
+  m.def("built_ops", built_ops, py::arg("architecture"));
+  m.def("text_of", text_of, py::arg("op"), py::arg("architecture"));
+  m.def("override_text", override_text, py::arg("op"), py::arg("architecture"), py::arg("text"));
+  m.def("kernel_names", kernel_names, py::arg("text"));
+  m.def("only_kernel", only_kernel, py::arg("text"), py::arg("kernel"));
 }
 
 }  // namespace mergeme::ptx

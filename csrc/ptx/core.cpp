@@ -296,7 +296,10 @@ struct Dec {
       return;
     }
     if (op == "trap") {
-      i.fn = [](Warp& w, const Inst& i, u32 m) { w.fail(i, __builtin_ctz(m), "trap executed"); };
+      i.fn = [](Warp& w, const Inst& i, u32 m) {
+        w.fail(i, __builtin_ctz(m),
+               w.L->printed.empty() ? "trap executed" : "trap executed after: " + w.L->printed);
+      };
       return;
     }
     if (op == "call") {
@@ -575,6 +578,43 @@ static std::string cstr(Warp& w, u64 a) {
     }
   return "?";
 }
+// What printf would print of these arguments: %s, %d, %u, %x, %c and %% as they are, other numbers as
+// integers of eight bytes.
+static std::string formatted(Warp& w, int lane, const std::string& format, u64 arguments) {
+  std::string out;
+  u64 at = 0;
+  const auto next = [&](u64 bytes) {
+    at = (at + bytes - 1) / bytes * bytes;
+    u64 value = 0, from = arguments + at;
+    at += bytes;
+    // The list lies in the thread's local memory, at a generic address.
+    const u64 offset = from - (u64)w.localBuf - (u64)lane * w.localSize;
+    if (w.localSize >= bytes && offset <= w.localSize - bytes)
+      memcpy(&value, (const void*)from, bytes);
+    return value;
+  };
+  for (size_t k = 0; k < format.size(); k++) {
+    if (format[k] != '%') {
+      out += format[k];
+      continue;
+    }
+    bool wide = false;
+    for (k++; k < format.size() && (isdigit((unsigned char)format[k]) || format[k] == 'l'); k++)
+      wide = wide || format[k] == 'l';
+    const char kind = k < format.size() ? format[k] : '%';
+    if (kind == '%')
+      out += '%';
+    else if (kind == 's')
+      out += cstr(w, next(8));
+    else if (kind == 'd' || kind == 'i')
+      out += std::to_string(wide ? (s64)next(8) : (s64)(s32)next(4));
+    else if (kind == 'u' || kind == 'x' || kind == 'c')
+      out += std::to_string(next(wide ? 8 : 4));
+    else
+      out += std::to_string(next(8));
+  }
+  return out;
+}
 void Warp::doCall(const Inst& i, u32 m) {
   Frame& c = *st.back();
   Func* g = i.callee;
@@ -606,6 +646,8 @@ void Warp::doCall(const Inst& i, u32 m) {
                cstr(*this, arg(1, l, 8)) + ", line " + std::to_string((u32)arg(2, l, 4)) +
                ", function " + cstr(*this, arg(3, l, 8)));
     if (g->name == "vprintf") {
+      L->printed = formatted(*this, l, cstr(*this, arg(0, l, 8)), arg(1, l, 8));
+      while (L->printed.ends_with('\n')) L->printed.pop_back();
       for (int k = 0; k < i.imm; k++)
         if (i.vec[k].kind == O_SYM)
           for (int q = 0; q < 32; q++)

@@ -257,6 +257,7 @@ struct Launch {
   std::vector<Range> ranges;
   std::vector<std::string> warnings;
   std::vector<Block*> resident;
+  std::string printed;  // last
   std::vector<Warp*> candBuf;
   std::string run();
 };

@@ -1,4 +1,8 @@
-"""The ways a test can run an op: CPU code, CUDA code on the host shim, CUDA code on a GPU."""
+"""The ways a test can run an op.
+
+cpu, the CPU code; simt, the CUDA code compiled for the host; ptx80 and ptx90, what nvcc made of it
+for sm_80 and sm_90a in an interpreter; cuda, on a GPU.
+"""
 
 import importlib
 import pkgutil
@@ -8,10 +12,12 @@ import torch
 
 import mergeme_ext.ops
 from mergeme_ext import _simt
+from python_tests.support import ptx
 
-# Fakes and backwards live beside the wrappers; give them to the shim's ops too.
+# Fakes and backwards live beside the wrappers; give them to the test module's ops too.
 for module in pkgutil.iter_modules(mergeme_ext.ops.__path__):
-    importlib.import_module(f"mergeme_ext.ops.{module.name}").register("mergeme_simt")
+    for namespace in ("mergeme_simt", "mergeme_ptx80", "mergeme_ptx90"):
+        importlib.import_module(f"mergeme_ext.ops.{module.name}").register(namespace)
 
 
 class Backend:
@@ -27,11 +33,25 @@ class Backend:
 
 CPU = Backend("cpu", "mergeme", "cpu")
 SIMT = Backend("simt", "mergeme_simt", "cpu")
+PTX80 = Backend("ptx80", "mergeme_ptx80", "cpu")
+PTX90 = Backend("ptx90", "mergeme_ptx90", "cpu")
 CUDA = Backend("cuda", "mergeme", "cuda")
 
+
+def _ptx(backend, *values):
+    architecture = ptx.ARCHITECTURES[backend.name]
+    missing = pytest.mark.skipif(
+        not ptx.built_ops(architecture),
+        reason=f"no PTX for {architecture}: build with MERGEME_SIMT=1 where nvcc is found",
+    )
+    return pytest.param(backend, *values, id=backend.name, marks=missing)
+
+
+PTX_BACKENDS = [_ptx(PTX80), _ptx(PTX90)]
 BACKENDS = [
     pytest.param(CPU, id="cpu"),
     pytest.param(SIMT, id="simt"),
+    *PTX_BACKENDS,
     pytest.param(
         CUDA,
         id="cuda",
@@ -41,6 +61,15 @@ BACKENDS = [
         ],
     ),
 ]
+
+
+def backends_with_errors(cpu):
+    """Backends without a GPU, each with what a value that only a kernel sees makes it raise."""
+    return [
+        pytest.param(CPU, cpu, id="cpu"),
+        pytest.param(SIMT, RuntimeError, id="simt"),
+        *(_ptx(backend, RuntimeError) for backend in (PTX80, PTX90)),
+    ]
 
 
 class Schedule:

@@ -3,8 +3,17 @@
 m = Module(text)                          # what nvcc -ptx wrote
 a = m.alloc(array, "a", readonly=True)    # a guarded copy; pass it as a pointer
 st = m.launch("kernel", grid=(4,), block=(256,), args=[a, np.int32(n)])
+
+And for whole ops, which run in it as torch.ops.mergeme_ptx80 and mergeme_ptx90 (csrc/ptx/ops.cpp):
+
+with recording() as launches:             # one Launch for each, with its statistics
+    torch.ops.mergeme_ptx80.weighted_sum(tensors, weights)
+with override("gram", "sm_80", text):     # another PTX for an op's kernels
+    torch.ops.mergeme_ptx80.gram(...)
 """
 
+import contextlib
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -153,6 +162,103 @@ def statistics(text: str) -> dict:
         ideal = st["shared"]["ideal_wavefronts"]
         st["shared"]["conflict_degree"] = st["shared"]["wavefronts"] / ideal if ideal else 1.0
     return st
+
+
+ARCHITECTURES = {"ptx80": "sm_80", "ptx90": "sm_90a"}  # of the backends
+
+
+@dataclasses.dataclass
+class Launch:
+    """One launch of an op: ``variant`` is the launcher's name for it, ``kernel`` is demangled."""
+
+    op: str
+    variant: str
+    kernel: str
+    architecture: str
+    capability: int
+    seed: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: int
+    shared_bytes: int
+    statistics: dict
+
+
+@contextlib.contextmanager
+def _set(**values):
+    old = {name: getattr(_simt.ptx.settings, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(_simt.ptx.settings, name, value)
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(_simt.ptx.settings, name, value)
+
+
+@contextlib.contextmanager
+def recording(seeds=(0,), profile=False):
+    """Collects the launches of all ops that run on ptx80 or ptx90, in order.
+
+    The list fills when the context ends. An op launches once for every seed, here only for the
+    first unless told otherwise; with ``profile`` the statistics count every line of the PTX.
+    """
+    launches: list[Launch] = []
+    _simt.ptx.take_records()
+    with _set(seeds=list(seeds), record=True, profile=profile):
+        try:
+            yield launches
+        finally:
+            names = [f.name for f in dataclasses.fields(Launch)]
+            for record in _simt.ptx.take_records():
+                values = {name: getattr(record, name) for name in names}
+                values |= {"grid": tuple(record.grid), "block": tuple(record.block)}
+                launches.append(Launch(**values | {"statistics": statistics(record.statistics)}))
+
+
+@contextlib.contextmanager
+def override(op: str, architecture: str, text: str):
+    """Runs ``text`` instead of the PTX of ``csrc/ops/<op>`` for "sm_80" or "sm_90a"."""
+    _simt.ptx.override_text(op, architecture, text)
+    try:
+        yield
+    finally:
+        _simt.ptx.override_text(op, architecture, "")
+
+
+def seeds(*numbers: int):
+    """Runs every op once for each of these seeds instead of 0, 1 and 2."""
+    return _set(seeds=list(numbers))
+
+
+def pretending(capability: int):
+    """Lets both backends pass for a device of this capability, each with its own text."""
+    return _set(capability=capability)
+
+
+def time_limit(seconds: float):
+    """Stops a launch that takes longer."""
+    return _set(max_seconds=seconds)
+
+
+def built_ops(architecture: str) -> list[str]:
+    """The folders of csrc/ops whose PTX was built for "sm_80" or "sm_90a"."""
+    return _simt.ptx.built_ops(architecture)
+
+
+def text_of(op: str, architecture: str) -> str:
+    """What nvcc made of the op's launch.cu."""
+    return _simt.ptx.text_of(op, architecture)
+
+
+def kernel_names(text: str) -> list[str]:
+    """Mangled, in the order of the text."""
+    return _simt.ptx.kernel_names(text)
+
+
+def only_kernel(text: str, kernel: str) -> str:
+    """The text without its other kernels; lines keep their numbers."""
+    return _simt.ptx.only_kernel(text, kernel)
 
 
 _FORMATS = {"u8": (0, 1), "u16": (1, 2), "u32": (2, 4), "s32": (3, 4), "u64": (4, 8), "s64": (5, 8)}

@@ -38,7 +38,7 @@ __global__ void find_kernel(Params p) {
 }
 
 // out = the least of the partials, or -1. One block.
-static __global__ void finish_kernel(Params p) {
+__global__ void finish_kernel(Params p) {
   int64_t first = kNone;
   for (int64_t b = threadIdx.x; b < p.blocks; b += kThreads)
     if (p.partials[b] < first) first = p.partials[b];

@@ -109,6 +109,9 @@ void launch(const Params& p, void* stream) {
 }
 
 bool torch_is_faster(const Params& p) {
+#if !defined(__CUDACC__)
+  if (simt::host::run_elsewhere) return false;  // the interpreter is there for these kernels
+#endif
   const int capability = simt::compute_capability();
   return ((capability == 90 && !simt::has_wgmma()) || capability == 100) &&
          p.dtype == DType::kBFloat16 && fits_sm80(p) && p.num_tokens > 0 && p.a_columns > 0 &&

@@ -14,7 +14,7 @@ __device__ __forceinline__ magnitude_t<acc_t<T>> bits_at(const Params& p, const 
 }
 
 // states[m] = nothing known yet; histogram = 0. One thread per bin, grid-stride: no write races.
-static __global__ void start_kernel(Params p) {
+__global__ void start_kernel(Params p) {
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < p.num_models * kBins;
        i += step) {
@@ -50,7 +50,7 @@ __global__ void histogram_kernel(Params p) {
 
 // Appends to states[m] the digit of the rank-th largest element, and clears the histogram for the
 // next pass. One block per model; a thread sums neighbouring bins, thread 0 walks the sums.
-static __global__ void pick_kernel(Params p) {
+__global__ void pick_kernel(Params p) {
   constexpr int kOwn = kBins / kThreads;
   auto* sums = simt::dynamic_shared<Count>();  // [kThreads], the highest digits first
   for (int64_t m = blockIdx.x; m < p.num_models; m += gridDim.x) {
