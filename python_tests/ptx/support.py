@@ -208,3 +208,46 @@ def same(bits: int, want, width: int, name: str) -> bool:
     if name and BY_NAME[name].is_nan(want):
         return BY_NAME[name].is_nan(bits)
     return bits == want
+
+
+def to_shared(pointer: str, shared: str, count: int, label="IN") -> str:
+    """All threads together store `count` bytes, a multiple of 4, at a global pointer to shared."""
+    return _copy("ld.global.u32 %r12, [%q10];\nst.shared.u32 [%r11], %r12;", locals())
+
+
+def from_shared(pointer: str, shared: str, count: int, label="OUT") -> str:
+    """The way back."""
+    return _copy("ld.shared.u32 %r12, [%r11];\nst.global.u32 [%q10], %r12;", locals())
+
+
+def _copy(move: str, where: dict) -> str:
+    return """
+mov.u32 %r13, %ntid.x;
+mul.lo.u32 %r13, %r13, 4;
+mul.lo.u32 %r10, %r0, 4;
+{label}_NEXT:
+setp.ge.u32 %p9, %r10, {count};
+@%p9 bra {label}_DONE;
+mov.u32 %r11, {shared};
+add.u32 %r11, %r11, %r10;
+cvt.u64.u32 %q10, %r10;
+add.u64 %q10, %q10, {pointer};
+{move}
+add.u32 %r10, %r10, %r13;
+bra {label}_NEXT;
+{label}_DONE:
+""".format(move=move, **where)
+
+
+def await_phase(barrier: str, parity=0, label="WAIT") -> str:
+    """Spins until the phase of that parity is complete."""
+    return f"""
+{label}:
+mbarrier.try_wait.parity.shared::cta.b64 %p10, [{barrier}], {parity};
+@!%p10 bra {label};
+"""
+
+
+def first_thread(*lines: str) -> str:
+    """The lines, executed by thread 0 alone."""
+    return "setp.eq.u32 %p8, %r0, 0;\n" + "\n".join(f"@%p8 {line}" for line in lines) + "\n"
