@@ -214,7 +214,8 @@ struct PendingArrival {
 // A wgmma in flight, with a digest of the shared memory it reads: nobody may change that yet.
 struct WgmmaRecord {
   uint64_t digest;
-  std::vector<uint32_t> offsets;
+  std::vector<uint32_t> offsets;  // in shared memory, of 16 bytes each
+  std::vector<const uint64_t*> registers;  // rows that hold A
   const Instruction* instruction;
 };
 
@@ -222,6 +223,7 @@ struct WgmmaRecord {
 struct PendingAccumulator {
   std::array<uint64_t, kWarpSize> values;
   uint64_t group;
+  const Instruction* instruction;
 };
 
 // A function being run by some lanes of a warp.
@@ -269,6 +271,9 @@ struct Warp {
   uint64_t wgmma_group = 0;
   std::vector<WgmmaRecord> open_wgmmas;
   std::vector<std::vector<WgmmaRecord>> wgmma_groups;
+  // What the registers that wgmmas work on held at the last wgmma.fence; empty before the first.
+  std::vector<uint64_t> fenced_registers;
+  std::array<uint32_t, kWarpSize> proxy_fence{};  // Block::proxy_fences at its last one, by lane
 
   // The lanes that run together, valid while has_group; otherwise Frame::pc says where each lane
   // is.
@@ -394,6 +399,8 @@ struct Block {
   bool complex_sync = false;  // uses what the race check does not understand
   uint32_t cluster_phase = 0;
   bool done = false;
+  std::vector<uint32_t> generic_writes;  // of each byte, see instructions/async_proxy.h
+  uint32_t proxy_fences = 1;
   std::vector<uint64_t> shared_storage;
   std::vector<uint8_t> local_storage;
 
@@ -430,6 +437,7 @@ struct Launch {
   uint64_t shared_bytes = 0;
   uint64_t local_bytes_per_lane = 0;
   bool check_races = false;
+  bool checks_proxies = false;  // the kernel has instructions that read through the async proxy
   bool reverse_lanes = false;  // stores and atomics of a warp from its last lane to its first
   std::mt19937_64 random;
   Statistics statistics;
