@@ -169,6 +169,9 @@ struct Function : ParsedFunction {
   std::vector<uint64_t> immediate_bank;
   uint64_t shared_bytes = 0;
   bool has_calls = false;
+  // Rows of registers that wgmmas work on, and the place of each row among them or -1.
+  std::vector<int> wgmma_rows;
+  std::vector<int> wgmma_places;
   int num_registers() const { return static_cast<int>(register_widths.size()); }
 };
 

@@ -55,9 +55,9 @@ bool rounds_away(double whole, double rest, bool negative, Rounding rounding) {
 
 uint64_t encode_magnitude(double magnitude, bool negative, Format format, Rounding rounding,
                           bool saturate) {
-  const uint64_t infinity =
-      format.infinities ? ((uint64_t{1} << format.exponent_bits) - 1) << format.mantissa_bits
-                        : 0x7f;
+  const uint64_t infinity = format.infinities ? ((uint64_t{1} << format.exponent_bits) - 1)
+                                                    << format.mantissa_bits
+                                              : 0x7f;
   const uint64_t largest = infinity - 1;
   if (magnitude == 0) return 0;
   if (std::isinf(magnitude)) return saturate || !format.infinities ? largest : infinity;

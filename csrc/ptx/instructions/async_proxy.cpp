@@ -56,15 +56,14 @@ void check_async_read(Warp& warp, const Instruction& instruction, int lane, cons
   for (uint32_t at = offset; at < offset + bytes; at++) {
     const uint32_t record = owner.generic_writes[at];
     if (record == 0 || record == known_good) continue;
-    known_good = record;  // or we do not come back
     const uint32_t fences_before = record >> kThreadBits;
-    if (reader_fence > fences_before) continue;
     const auto thread = static_cast<int>(record & kThreadMask);
     const Warp& writer = *owner.warps[thread / kWarpSize];
-    if (writer.proxy_fence[thread % kWarpSize] > fences_before) continue;
-    warp.fail(instruction, lane,
-              concat("missing fence.proxy.async: thread ", thread, " stored to shared offset ", at,
-                     ", which is now read through the async proxy"));
+    if (reader_fence <= fences_before && writer.proxy_fence[thread % kWarpSize] <= fences_before)
+      warp.fail(instruction, lane,
+                concat("missing fence.proxy.async: thread ", thread, " stored to shared offset ",
+                       at, ", which is now read through the async proxy"));
+    known_good = record;
   }
 }
 

@@ -11,7 +11,7 @@ constexpr int kMaxElements = 8;
 
 void atomic(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const bool returns = instruction.flag;  // atom, not red
-  const int first = returns ? 1 : 0;  // operand of the address
+  const int first = returns ? 1 : 0;      // operand of the address
   const Operand& address = instruction.operands[first];
   const Operand& data = instruction.operands[first + 1];
   const bool swaps = instruction.reduction == Reduction::kCas;

@@ -30,8 +30,8 @@ uint8_t* resolve_piece(Warp& warp, const Instruction& instruction, int lane, int
   return first;
 }
 
-void check_source_fence(Warp& warp, const Instruction& instruction, int lane,
-                        const uint8_t* source, uint32_t bytes) {
+void check_source_fence(Warp& warp, const Instruction& instruction, int lane, const uint8_t* source,
+                        uint32_t bytes) {
   const Block& block = *warp.block;
   const auto offset = static_cast<uint64_t>(source - block.shared);
   if (offset < block.shared_bytes)
@@ -40,8 +40,7 @@ void check_source_fence(Warp& warp, const Instruction& instruction, int lane,
 
 uint32_t size_in_bytes(Warp& warp, const Instruction& instruction, int lane) {
   const auto bytes = static_cast<uint32_t>(row(warp, instruction.operands[kSize])[lane]);
-  if (bytes % kUnit)
-    warp.fail(instruction, lane, "cp.async.bulk size is not a multiple of 16");
+  if (bytes % kUnit) warp.fail(instruction, lane, "cp.async.bulk size is not a multiple of 16");
   return bytes;
 }
 
@@ -55,8 +54,7 @@ void load_lane(Warp& warp, const Instruction& instruction, int lane) {
   if (from_shared) check_source_fence(warp, instruction, lane, source, bytes);
   uint8_t* destination =
       resolve_piece(warp, instruction, lane, kDestination, bytes, Space::kShared, Access::kWrite);
-  Block* addressed =
-      warp.addressed_block(address_of(warp, instruction, kDestination, lane));
+  Block* addressed = warp.addressed_block(address_of(warp, instruction, kDestination, lane));
   const auto offset = static_cast<uint32_t>(destination - addressed->shared);
   const bool reduces = instruction.flag;
   const Reduction reduction = instruction.reduction;
@@ -128,8 +126,8 @@ void store_async(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const int count = instruction.vector_size;
   for_each_lane(mask, [&](int lane) {
     const uint64_t address = address_of(warp, instruction, 0, lane);
-    uint8_t* to = warp.resolve(instruction, lane, address, count * bytes, Space::kShared,
-                               Access::kWrite);
+    uint8_t* to =
+        warp.resolve(instruction, lane, address, count * bytes, Space::kShared, Access::kWrite);
     Block* target = warp.addressed_block(address);
     std::vector<uint64_t> values;
     for (int k = 0; k < count; k++)
@@ -166,24 +164,22 @@ bool decode_copy(const ParsedInstruction& parsed, Instruction& i) {
 std::vector<Block*> load_targets(Warp& warp, const Instruction& instruction, int lane,
                                  Block* addressed, int mask_operand) {
   if (!instruction.multicast) return {addressed};
-  const auto mask =
-      static_cast<uint16_t>(row(warp, instruction.operands[mask_operand])[lane]);
+  const auto mask = static_cast<uint16_t>(row(warp, instruction.operands[mask_operand])[lane]);
   std::vector<Block*> targets;
   const std::vector<Block*>& cluster = *warp.block->cluster;
   for (size_t rank = 0; rank < cluster.size(); rank++)
     if ((mask >> rank) & 1) targets.push_back(cluster[rank]);
   if (mask == 0 || (mask >> cluster.size()) != 0)
     warp.fail(instruction, lane,
-              concat("multicast mask ", hex(mask), " names no block, or one outside the cluster of ",
-                     cluster.size()));
+              concat("multicast mask ", hex(mask),
+                     " names no block, or one outside the cluster of ", cluster.size()));
   return targets;
 }
 
 void begin_load(Warp& warp, const Instruction& instruction, int lane, int mbarrier_operand,
                 Block& target, uint32_t bytes, std::function<void()> land) {
-  const MBarrierPlace place =
-      find_mbarrier(warp, instruction, lane, Space::kShared,
-                    address_of(warp, instruction, mbarrier_operand, lane));
+  const MBarrierPlace place = find_mbarrier(warp, instruction, lane, Space::kShared,
+                                            address_of(warp, instruction, mbarrier_operand, lane));
   if (!instruction.multicast && place.block != &target)
     warp.fail(instruction, lane, "the mbarrier of a copy must lie in the block it goes to");
   auto copy = std::make_unique<BulkCopy>();

@@ -6,8 +6,8 @@
 namespace mergeme::ptx {
 namespace {
 
-constexpr std::string_view kComparisons[] = {"eq", "ne",  "lt",  "le",  "gt",  "ge",
-                                             "lo", "ls",  "hi",  "hs",  "equ", "neu",
+constexpr std::string_view kComparisons[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",
+                                             "lo",  "ls",  "hi",  "hs",  "equ", "neu",
                                              "ltu", "leu", "gtu", "geu", "num", "nan"};
 
 // How setp's third source is combined with what was compared.
@@ -177,7 +177,8 @@ void set(Warp& warp, const Instruction& instruction, uint32_t mask) {
   uint64_t* d = result_row(warp, instruction.operands[0]);
   const bool packed = is_packed(instruction.source_type);
   const uint32_t other = third_source(warp, instruction, mask);
-  const uint32_t first = combine(instruction.bool_operation, compare(warp, instruction, mask), other);
+  const uint32_t first =
+      combine(instruction.bool_operation, compare(warp, instruction, mask), other);
   const uint32_t second =
       packed ? combine(instruction.bool_operation, compare(warp, instruction, mask, 16), other) : 0;
   uint64_t value = true_value(instruction.type);
@@ -195,9 +196,8 @@ void selp(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const uint64_t* b = row(warp, instruction.operands[2]);
   const uint32_t lanes = true_lanes(warp, instruction.operands[3], mask);
   const int bytes = size_of(instruction.type);
-  for_each_lane(mask, [=](int lane) {
-    d[lane] = low_bytes((lanes >> lane) & 1 ? a[lane] : b[lane], bytes);
-  });
+  for_each_lane(
+      mask, [=](int lane) { d[lane] = low_bytes((lanes >> lane) & 1 ? a[lane] : b[lane], bytes); });
 }
 
 // a where c is not negative, else b.
@@ -209,8 +209,8 @@ void slct(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const bool by_float = instruction.source_type == Type::kF32;
   const int bytes = size_of(instruction.type);
   for_each_lane(mask, [=](int lane) {
-    const bool first = by_float ? from_register<float>(c[lane]) >= 0
-                                : from_register<int32_t>(c[lane]) >= 0;
+    const bool first =
+        by_float ? from_register<float>(c[lane]) >= 0 : from_register<int32_t>(c[lane]) >= 0;
     d[lane] = low_bytes(first ? a[lane] : b[lane], bytes);
   });
 }

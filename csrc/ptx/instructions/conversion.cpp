@@ -58,8 +58,7 @@ uint64_t float_to_integer(double x, Type type, Rounding rounding, Type source_ty
 uint64_t saturated_integer(uint64_t value, Type type, Type source_type) {
   const int bits = size_of(type) * 8;
   const uint64_t largest = is_signed(type) ? ones(bits) >> 1 : ones(bits);
-  if (!is_signed(source_type) || static_cast<int64_t>(value) >= 0)
-    return std::min(value, largest);
+  if (!is_signed(source_type) || static_cast<int64_t>(value) >= 0) return std::min(value, largest);
   if (!is_signed(type)) return 0;
   const int64_t lowest = -static_cast<int64_t>(largest) - 1;
   return static_cast<uint64_t>(std::max(static_cast<int64_t>(value), lowest));
@@ -152,9 +151,8 @@ void cvt(Warp& warp, const Instruction& instruction, uint32_t mask) {
 void half_to_f32(Warp& warp, const Instruction& instruction, uint32_t mask) {
   uint64_t* d = result_row(warp, instruction.operands[0]);
   const uint64_t* a = row(warp, instruction.operands[1]);
-  for_each_lane(mask, [=](int lane) {
-    d[lane] = canonical(half_to_float(static_cast<uint16_t>(a[lane])));
-  });
+  for_each_lane(
+      mask, [=](int lane) { d[lane] = canonical(half_to_float(static_cast<uint16_t>(a[lane]))); });
 }
 void bfloat16_to_f32(Warp& warp, const Instruction& instruction, uint32_t mask) {
   uint64_t* d = result_row(warp, instruction.operands[0]);

@@ -136,9 +136,9 @@ template <typename Function>
   const uint64_t* c = row_or_first(warp, instruction, 3);
   const MinMaxRules rules = rules_of(instruction);
   for_each_lane(mask, [=](int lane) {
-    d[lane] = canonical(Function::template apply<double>(
-        from_register<double>(a[lane]), from_register<double>(b[lane]),
-        from_register<double>(c[lane]), rules));
+    d[lane] = canonical(Function::template apply<double>(from_register<double>(a[lane]),
+                                                         from_register<double>(b[lane]),
+                                                         from_register<double>(c[lane]), rules));
   });
 }
 
@@ -243,9 +243,8 @@ bool is_of_class(double x, double smallest_normal, int number) {
 
 void test_class(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const uint64_t* a = row(warp, instruction.operands[1]);
-  const double smallest = instruction.type == Type::kF32
-                              ? double{std::numeric_limits<float>::min()}
-                              : std::numeric_limits<double>::min();
+  const double smallest = instruction.type == Type::kF32 ? double{std::numeric_limits<float>::min()}
+                                                         : std::numeric_limits<double>::min();
   uint32_t lanes = 0;
   for_each_lane(mask, [&](int lane) {
     const double x = decode_float(a[lane], instruction.type);

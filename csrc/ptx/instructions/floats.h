@@ -61,8 +61,10 @@ T min_or_max(T x, T y, const MinMaxRules& rules) {
     x = std::fabs(x);
     y = std::fabs(y);
     T result = kMax ? std::max(x, y) : std::min(x, y);
-    if (x != x) result = rules.nan ? x : y;
-    else if (y != y) result = rules.nan ? y : x;
+    if (x != x)
+      result = rules.nan ? x : y;
+    else if (y != y)
+      result = rules.nan ? y : x;
     return rules.xorsign ? std::copysign(result, sign) : result;
   }
   if (x != x || y != y) {

@@ -30,8 +30,10 @@ uint16_t round_once(double exact) {
 struct Add {
   template <typename Format>
   static uint16_t apply(float x, float y, float, const MinMaxRules&) {
-    if constexpr (Format::kType == Type::kF16) return Format::store(x + y);
-    else return round_once<Format>(sum_to_odd(x, y));
+    if constexpr (Format::kType == Type::kF16)
+      return Format::store(x + y);
+    else
+      return round_once<Format>(sum_to_odd(x, y));
   }
 };
 struct Subtract {
@@ -43,8 +45,10 @@ struct Subtract {
 struct Multiply {
   template <typename Format>
   static uint16_t apply(float x, float y, float, const MinMaxRules&) {
-    if constexpr (Format::kType == Type::kF16) return Format::store(x * y);
-    else return round_once<Format>(double{x} * y);
+    if constexpr (Format::kType == Type::kF16)
+      return Format::store(x * y);
+    else
+      return round_once<Format>(double{x} * y);
   }
 };
 struct FusedMultiplyAdd {

@@ -25,10 +25,9 @@ bool decode_wgmma(const ParsedInstruction& parsed, Instruction& instruction);
 bool decode_fence(const ParsedInstruction& parsed, Instruction& instruction);
 
 inline constexpr Decoder kDecoders[] = {
-    decode_move,        decode_load_store, decode_address,     decode_integer,
-    decode_floating,    decode_half,       decode_comparison,  decode_conversion,
-    decode_atomic,      decode_copy_async, decode_mbarrier,    decode_bulk_copy,
-    decode_tensor_copy, decode_warp,       decode_matrix_load, decode_mma,
-    decode_wmma,        decode_wgmma,      decode_fence};
+    decode_move,     decode_load_store, decode_address,     decode_integer, decode_floating,
+    decode_half,     decode_comparison, decode_conversion,  decode_atomic,  decode_copy_async,
+    decode_mbarrier, decode_bulk_copy,  decode_tensor_copy, decode_warp,    decode_matrix_load,
+    decode_mma,      decode_wmma,       decode_wgmma,       decode_fence};
 
 }  // namespace mergeme::ptx

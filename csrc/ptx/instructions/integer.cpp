@@ -99,8 +99,8 @@ struct AddSaturated {
   template <typename T>
   static T apply(T a, T b) {
     const int64_t sum = int64_t{a} + kSign * int64_t{b};
-    return static_cast<T>(std::clamp<int64_t>(sum, std::numeric_limits<T>::min(),
-                                              std::numeric_limits<T>::max()));
+    return static_cast<T>(
+        std::clamp<int64_t>(sum, std::numeric_limits<T>::min(), std::numeric_limits<T>::max()));
   }
 };
 struct MultiplyHighAddSaturated {
@@ -262,10 +262,10 @@ void with_carry(Warp& warp, const Instruction& instruction, uint32_t mask) {
     const uint32_t carry_in = instruction.carry_in ? (carries >> lane) & 1 : 0;
     if constexpr (kMultiply) {
       using Signed = std::make_signed_t<T>;
-      const Wide product =
-          signed_values ? static_cast<Wide>(static_cast<__int128>(static_cast<Signed>(x)) *
-                                        static_cast<Signed>(y))
-                    : static_cast<Wide>(x) * y;
+      const Wide product = signed_values
+                               ? static_cast<Wide>(static_cast<__int128>(static_cast<Signed>(x)) *
+                                                   static_cast<Signed>(y))
+                               : static_cast<Wide>(x) * y;
       x = static_cast<T>(kOperation == CarryOperation::kMultiplyHigh ? product >> kBits<T>
                                                                      : product);
       y = static_cast<T>(c[lane]);
@@ -277,7 +277,7 @@ void with_carry(Warp& warp, const Instruction& instruction, uint32_t mask) {
     } else {
       const Wide sum = static_cast<Wide>(x) + y + carry_in;
       d[lane] = static_cast<T>(sum);
-      carry_out = (sum >> kBits<T>) & 1;
+      carry_out = (sum >> kBits<T>)&1;
     }
     if (instruction.carry_out)
       carries = (carries & ~(1u << lane)) | (static_cast<uint32_t>(carry_out) << lane);
@@ -421,8 +421,7 @@ struct ReverseBits {
   template <typename T>
   static T apply(T a) {
     T result = 0;
-    for (int i = 0; i < kBits<T>; i++)
-      result |= ((a >> i) & T{1}) << (kBits<T> - 1 - i);
+    for (int i = 0; i < kBits<T>; i++) result |= ((a >> i) & T{1}) << (kBits<T> - 1 - i);
     return result;
   }
 };
@@ -557,8 +556,8 @@ void extend(Warp& warp, const Instruction& instruction, uint32_t mask) {
         clamp ? std::min(static_cast<uint32_t>(b[lane]), 32u) : static_cast<uint32_t>(b[lane] & 31);
     const auto value = static_cast<uint32_t>(a[lane]);
     d[lane] = length == 0 ? 0
-                          : static_cast<uint32_t>(packed_element(
-                                value, 0, static_cast<int>(length), signed_values));
+                          : static_cast<uint32_t>(
+                                packed_element(value, 0, static_cast<int>(length), signed_values));
   });
 }
 
@@ -587,7 +586,8 @@ Handler decode_product(const ParsedInstruction& parsed, Instruction& i) {
   if (i.carry_in || i.carry_out)
     return high ? with_carry_for<CarryOperation::kMultiplyHigh>(i.type)
                 : with_carry_for<CarryOperation::kMultiplyLow>(i.type);
-  if (parsed.has("wide")) return adds ? multiply_wide_for<true>(i.type) : multiply_wide_for<false>(i.type);
+  if (parsed.has("wide"))
+    return adds ? multiply_wide_for<true>(i.type) : multiply_wide_for<false>(i.type);
   if (adds && high && i.sat) return ternary<int32_t, MultiplyHighAddSaturated>;
   if (adds)
     return high ? ternary_for<MultiplyAdd<MultiplyHigh>>(i.type)
@@ -614,7 +614,8 @@ Handler decode_bits(const ParsedInstruction& parsed, Instruction& i) {
   if (op == "shr") return shift_for<ShiftRight>(i.type);
   if (op == "clz") return count_for<CountLeadingZeros>(i.type);
   if (op == "popc") return count_for<PopulationCount>(i.type);
-  if (op == "brev") return i.type == Type::kB64 ? unary<uint64_t, ReverseBits> : unary<uint32_t, ReverseBits>;
+  if (op == "brev")
+    return i.type == Type::kB64 ? unary<uint64_t, ReverseBits> : unary<uint32_t, ReverseBits>;
   if (op == "bfind")
     return parsed.has("shiftamt") ? count_for<FindHighestBit<true>>(i.type)
                                   : count_for<FindHighestBit<false>>(i.type);

@@ -126,8 +126,8 @@ void store(Warp& warp, const Instruction& instruction, uint32_t mask) {
   bool shared = false;
   const auto store_lane = [&](int lane) {
     addresses[lane] = a[lane] + offset;
-    uint8_t* to = warp.resolve(instruction, lane, addresses[lane], count * bytes,
-                               instruction.space, Access::kWrite);
+    uint8_t* to = warp.resolve(instruction, lane, addresses[lane], count * bytes, instruction.space,
+                               Access::kWrite);
     for (int k = 0; k < count; k++) store_element(to + k * bytes, sources[k][lane], bytes);
     if (!warp.touched_shared) return;
     shared = true;

@@ -41,8 +41,9 @@ MBarrierPlace barrier_of(Warp& warp, const Instruction& instruction, int lane) {
 void init(Warp& warp, const Instruction& instruction, uint32_t mask) {
   Block& block = *warp.block;
   for_each_lane(mask, [&](int lane) {
-    const uint8_t* memory = warp.resolve(instruction, lane, barrier_address(warp, instruction, lane),
-                                         kBytes, instruction.space, Access::kWrite);
+    const uint8_t* memory =
+        warp.resolve(instruction, lane, barrier_address(warp, instruction, lane), kBytes,
+                     instruction.space, Access::kWrite);
     const auto offset = static_cast<uint64_t>(memory - block.shared);
     if (offset >= block.shared_bytes)
       warp.fail(instruction, lane, "mbarrier.init outside the block's own shared memory");
@@ -90,8 +91,8 @@ void arrive(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const int value = instruction.immediate + 1;
   const bool expects_bytes = instruction.variant & kExpectsBytes;
   const bool has_value = value < instruction.num_operands;
-  const bool returns_token = instruction.immediate == 1 &&
-                             instruction.operands[0].kind != OperandKind::kSink;
+  const bool returns_token =
+      instruction.immediate == 1 && instruction.operands[0].kind != OperandKind::kSink;
   for_each_lane(mask, [&](int lane) {
     const MBarrierPlace place = barrier_of(warp, instruction, lane);
     MBarrier& state = *place.state;
@@ -251,8 +252,7 @@ void Block::complete_async_work(uint32_t mbarrier) {
 }
 
 bool decode_mbarrier(const ParsedInstruction& parsed, Instruction& i) {
-  const bool after_copies =
-      parsed.opcode == "cp" && parsed.has("mbarrier") && parsed.has("arrive");
+  const bool after_copies = parsed.opcode == "cp" && parsed.has("mbarrier") && parsed.has("arrive");
   if (parsed.opcode != "mbarrier" && !after_copies) return false;
   if (parsed.has("pending_count")) {
     i.execute = pending_count;

@@ -49,8 +49,7 @@ void pack(Warp& warp, const Instruction& instruction, uint32_t mask) {
   uint64_t* d = result_row(warp, instruction.operands[0]);
   const Operand& vector = instruction.operands[1];
   const uint64_t* sources[kMaxElements];
-  for (int k = 0; k < vector.count; k++)
-    sources[k] = row(warp, element(instruction, vector, k));
+  for (int k = 0; k < vector.count; k++) sources[k] = row(warp, element(instruction, vector, k));
   const int count = vector.count;
   const int bytes = instruction.element_size;
   const bool two_rows = instruction.type == Type::kB128;

@@ -1,5 +1,5 @@
 // cp.async.bulk.tensor: boxes of tensors that a map describes, and changes to maps.
-#include "csrc/ptx/tensor_map.h"
+#include <iterator>
 
 #include "csrc/ptx/instructions/async_proxy.h"
 #include "csrc/ptx/instructions/bulk_copy.h"
@@ -7,6 +7,7 @@
 #include "csrc/ptx/instructions/lanes.h"
 #include "csrc/ptx/instructions/reduction.h"
 #include "csrc/ptx/messages.h"
+#include "csrc/ptx/tensor_map.h"
 
 namespace mergeme::ptx {
 namespace {
@@ -49,6 +50,7 @@ std::string broken_rule(const TensorMap& map) {
   if (map.address % 16) return "global address not 16-byte aligned";
   if (map.interleave) return "interleaved layout";
   if (map.swizzle > 3) return "unknown swizzle";
+  if (map.format >= std::size(kFormats)) return "unknown element type";
   for (uint32_t k = 0; k < map.rank; k++) {
     if (map.dims[k] == 0 || map.dims[k] > kMaxDim)
       return concat("dimension ", k, " of ", map.dims[k], " elements");
@@ -80,12 +82,10 @@ uint8_t* resolve_map(Warp& warp, const Instruction& instruction, int lane, uint6
 }
 
 TensorMap load_map(Warp& warp, const Instruction& instruction, int lane, uint64_t address) {
-  if (address % kMapAlignment)
-    warp.fail(instruction, lane, "tensor map is not 64-byte aligned");
+  if (address % kMapAlignment) warp.fail(instruction, lane, "tensor map is not 64-byte aligned");
   TensorMap map;
-  std::memcpy(
-      &map, resolve_map(warp, instruction, lane, address, Space::kGeneric, Access::kRead),
-      sizeof map);
+  std::memcpy(&map, resolve_map(warp, instruction, lane, address, Space::kGeneric, Access::kRead),
+              sizeof map);
   if (map.magic != TensorMap::kMagic)
     warp.fail(instruction, lane, "not a tensor map made for the interpreter");
   if (const std::string rule = broken_rule(map); !rule.empty())
@@ -129,7 +129,8 @@ void for_each_run(const TensorMap& map, const Coordinates& at, Run run) {
       if (map.element_strides[0] == 1)
         while (column + length < columns && is_inside(index + length) == is_inside(index)) length++;
       run(offset + column * map.element_bytes,
-          is_inside(index) ? address + static_cast<uint64_t>(index) * map.element_bytes : 0, length);
+          is_inside(index) ? address + static_cast<uint64_t>(index) * map.element_bytes : 0,
+          length);
       column += length;
     }
   }
@@ -334,9 +335,8 @@ void replace_field(TensorMap& map, Field field, uint32_t ordinal, uint64_t value
 void replace(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const int value = instruction.num_operands - 1;
   for_each_lane(mask, [&](int lane) {
-    uint8_t* memory =
-        resolve_map(warp, instruction, lane, address_of(warp, instruction, 0, lane),
-                    instruction.space, Access::kWrite);
+    uint8_t* memory = resolve_map(warp, instruction, lane, address_of(warp, instruction, 0, lane),
+                                  instruction.space, Access::kWrite);
     TensorMap map;
     std::memcpy(&map, memory, sizeof map);
     if (map.magic != TensorMap::kMagic)
