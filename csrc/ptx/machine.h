@@ -38,6 +38,8 @@ inline constexpr uint64_t kSharedBase = 1024;
 inline constexpr uint64_t kLocalBase = 256;
 // What a function's name is worth in a register: this, plus its place among the functions.
 inline constexpr uint64_t kFunctionBase = 0xf0000000;
+// The first rows of registers take what is written to _; .b128 needs two.
+inline constexpr int kSinkRows = 2;
 
 // Carries an instruction out for the lanes of a mask.
 using Handler = void (*)(Warp&, const Instruction&, uint32_t mask);
@@ -79,6 +81,9 @@ enum class Comparison : uint8_t {
   kNan
 };
 
+// What an instruction does at a barrier: bar.sync does both, bar.red also combines predicates.
+enum class BarrierPart : uint8_t { kSync, kArrive, kWait, kReduce };
+
 enum class Reduction : uint8_t { kAdd, kMin, kMax, kInc, kDec, kCas, kExch, kAnd, kOr, kXor };
 
 // A register is a row of 32 words, one for each lane. Immediates and special registers have rows of
@@ -115,6 +120,7 @@ struct Instruction {
   Rounding rounding = Rounding::kRn;
   Comparison comparison = Comparison::kEq;
   Reduction reduction = Reduction::kAdd;
+  BarrierPart barrier_part = BarrierPart::kSync;
   uint8_t bool_operation = 0;
   uint8_t vector_size = 1;
   uint8_t element_size = 0;
@@ -161,13 +167,26 @@ struct MatrixMultiply {
   bool transposed_b = false;
 };
 
+// Zeroed bytes that begin at a multiple of 1024, as far as any kernel asks of shared memory.
+class AlignedBytes {
+ public:
+  AlignedBytes() = default;
+  explicit AlignedBytes(size_t bytes);
+  uint8_t* data() { return data_; }
+
+ private:
+  std::vector<uint8_t> storage_;
+  uint8_t* data_ = nullptr;
+};
+
 struct Function : ParsedFunction {
   // Made when the function is first needed. One more than parsed: a return at the end.
   std::vector<Instruction> code;
   std::vector<uint64_t> immediates;
   std::unordered_map<uint64_t, int> immediate_rows;
   std::vector<uint64_t> immediate_bank;
-  uint64_t shared_bytes = 0;
+  uint64_t shared_bytes = 0;  // static; dynamic shared memory begins behind them
+  bool uses_dynamic_shared = false;
   bool has_calls = false;
   // Rows of registers that wgmmas work on, and the place of each row among them or -1.
   std::vector<int> wgmma_rows;
@@ -217,7 +236,7 @@ struct PendingArrival {
 // A wgmma in flight, with a digest of the shared memory it reads: nobody may change that yet.
 struct WgmmaRecord {
   uint64_t digest;
-  std::vector<uint32_t> offsets;  // in shared memory, of 16 bytes each
+  std::vector<uint32_t> offsets;           // in shared memory, of 16 bytes each
   std::vector<const uint64_t*> registers;  // rows that hold A
   const Instruction* instruction;
 };
@@ -257,6 +276,7 @@ struct Warp {
   uint32_t carry = 0;  // the condition code of each lane
   std::array<const uint64_t*, 3> banks{};
   uint64_t* registers = nullptr;
+  const Instruction* code = nullptr;
   uint32_t* predicates = nullptr;
   std::vector<std::unique_ptr<Frame>> frames;
   std::vector<std::unique_ptr<Frame>> spare_frames;
@@ -297,16 +317,30 @@ struct Warp {
   uint32_t cluster_arrived = 0;
   uint32_t cluster_target = 0;
 
-  // scheduler.cpp
+  // warp.cpp: runs until the budget of instructions is spent or the warp must wait.
   RunResult run(int budget);
+  // Picks the lanes that run next: those furthest behind, so that the others can be joined.
   void regroup();
   void enter_frame();
+  // Writes the group's pc to its lanes; the group is no more.
+  void leave_group(uint32_t next_pc);
+  void branch(const Instruction& instruction, uint32_t taken);
+  void indexed_branch(const Instruction& instruction, uint32_t lanes);
+  bool wgmma_wait(const Instruction& instruction);  // false: other warps are not that far
+
+  // diagnostics.cpp: stops the launch.
   [[noreturn]] void fail(const Instruction& instruction, int lane, const std::string& message);
 
-  // control.cpp
-  bool synchronise(const Instruction& instruction);  // false: its lanes wait
-  bool barrier(const Instruction& instruction);
+  // synchronization.cpp
+  void synchronize(const Instruction& instruction);
+  void synchronize_whole(const Instruction& instruction);
+  void synchronize_members(const Instruction& instruction);
+  bool gather_whole(uint32_t& lanes);  // false: the lanes wait for the rest of the warp
+  uint32_t gathered_at_pc() const;
+  void barrier(const Instruction& instruction);
   void cluster_barrier(const Instruction& instruction);
+
+  // calls.cpp
   void call(const Instruction& instruction, uint32_t lanes);
   void return_from_call(uint32_t lanes);
   void exit(uint32_t lanes);
@@ -404,10 +438,11 @@ struct Block {
   bool done = false;
   std::vector<uint32_t> generic_writes;  // of each byte, see instructions/async_proxy.h
   uint32_t proxy_fences = 1;
-  std::vector<uint64_t> shared_storage;
-  std::vector<uint8_t> local_storage;
+  AlignedBytes shared_storage;
+  AlignedBytes local_storage;
 
-  // control.cpp: releases barriers and cluster barriers that only exited threads are missing from.
+  // synchronization.cpp: releases barriers and cluster barriers that only exited threads are
+  // missing from.
   void check_barriers();
   void check_cluster();
   // instructions/: an mbarrier's phase is awaited and not complete, so let the asynchronous work
@@ -420,7 +455,7 @@ struct Program {
   ParsedModule module;
   std::vector<Function*> functions;
   std::vector<MemoryRange> ranges;
-  std::vector<std::vector<uint8_t>> storage;
+  std::vector<AlignedBytes> storage;
   std::vector<std::string> instruction_names;
   std::unordered_map<std::string, int> name_numbers;
   uint64_t function_shared_bytes = 0;
@@ -441,15 +476,18 @@ struct Launch {
   uint64_t local_bytes_per_lane = 0;
   bool check_races = false;
   bool checks_proxies = false;  // the kernel has instructions that read through the async proxy
-  bool reverse_lanes = false;  // stores and atomics of a warp from its last lane to its first
+  bool reverse_lanes = false;   // stores and atomics of a warp from its last lane to its first
   std::mt19937_64 random;
   Statistics statistics;
   std::vector<MemoryRange> ranges;  // sorted
   uint64_t progress = 0;            // changes whenever something that a wait can see has changed
   std::vector<Block*> resident;
-  std::vector<Warp*> runnable;
 
+  // scheduler.cpp
   void run();
+  // diagnostics.cpp: where every resident warp is.
+  std::string describe_warps() const;
+  // statistics.cpp: as JSON.
   std::string report(double seconds) const;
 };
 

@@ -1,11 +1,8 @@
 // What a launch is counted by. Counts of instructions live in the instructions themselves.
 #pragma once
 #include <cstdint>
-#include <map>
 #include <string>
 #include <vector>
-
-#include "csrc/ptx/parser.h"
 
 namespace mergeme::ptx {
 
@@ -44,7 +41,6 @@ struct Statistics {
   uint64_t barriers_with_exited_threads = 0;
   uint64_t races = 0;
   std::vector<std::string> race_examples;
-  std::map<std::string, uint64_t> flops;  // of mma and wgmma by operand types; two a multiply-add
 };
 
 }  // namespace mergeme::ptx
