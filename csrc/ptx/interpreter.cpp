@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "csrc/ptx/instructions/async_proxy.h"
 #include "csrc/ptx/machine.h"
 #include "csrc/ptx/messages.h"
 
@@ -105,6 +106,7 @@ std::string Module::launch(const std::string& kernel_name, const LaunchOptions& 
   launch.parameters = parameter_storage.data();
   launch.parameter_bytes = parameters.size();
   launch.check_races = options.races || options.stop_at_race;
+  launch.checks_proxies = reads_through_async_proxy(program, kernel);
   launch.shared_bytes = kernel.shared_bytes + options.shared_bytes;
   if (launch.shared_bytes > kMaxSharedBytes)
     throw Error(concat("more than ", kMaxSharedBytes / 1024, " KiB of shared memory in a block"));

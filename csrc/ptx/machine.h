@@ -188,6 +188,9 @@ struct Function : ParsedFunction {
   uint64_t shared_bytes = 0;  // static; dynamic shared memory begins behind them
   bool uses_dynamic_shared = false;
   bool has_calls = false;
+  // Rows of registers that wgmmas work on, and the place of each row among them or -1.
+  std::vector<int> wgmma_rows;
+  std::vector<int> wgmma_places;
   int num_registers() const { return static_cast<int>(register_widths.size()); }
 };
 
@@ -233,7 +236,8 @@ struct PendingArrival {
 // A wgmma in flight, with a digest of the shared memory it reads: nobody may change that yet.
 struct WgmmaRecord {
   uint64_t digest;
-  std::vector<uint32_t> offsets;
+  std::vector<uint32_t> offsets;           // in shared memory, of 16 bytes each
+  std::vector<const uint64_t*> registers;  // rows that hold A
   const Instruction* instruction;
 };
 
@@ -241,6 +245,7 @@ struct WgmmaRecord {
 struct PendingAccumulator {
   std::array<uint64_t, kWarpSize> values;
   uint64_t group;
+  const Instruction* instruction;
 };
 
 // A function being run by some lanes of a warp.
@@ -289,6 +294,9 @@ struct Warp {
   uint64_t wgmma_group = 0;
   std::vector<WgmmaRecord> open_wgmmas;
   std::vector<std::vector<WgmmaRecord>> wgmma_groups;
+  // What the registers that wgmmas work on held at the last wgmma.fence; empty before the first.
+  std::vector<uint64_t> fenced_registers;
+  std::array<uint32_t, kWarpSize> proxy_fence{};  // Block::proxy_fences at its last one, by lane
 
   // The lanes that run together, valid while has_group; otherwise Frame::pc says where each lane
   // is.
@@ -430,6 +438,8 @@ struct Block {
   bool done = false;
   AlignedBytes shared_storage;
   AlignedBytes local_storage;
+  std::vector<uint32_t> generic_writes;  // of each byte, see instructions/async_proxy.h
+  uint32_t proxy_fences = 1;
 
   // synchronization.cpp: releases barriers and cluster barriers that only exited threads are
   // missing from.
@@ -465,7 +475,8 @@ struct Launch {
   uint64_t shared_bytes = 0;
   uint64_t local_bytes_per_lane = 0;
   bool check_races = false;
-  bool reverse_lanes = false;  // stores and atomics of a warp from its last lane to its first
+  bool checks_proxies = false;  // the kernel has instructions that read through the async proxy
+  bool reverse_lanes = false;   // stores and atomics of a warp from its last lane to its first
   std::mt19937_64 random;
   Statistics statistics;
   std::vector<MemoryRange> ranges;  // sorted
