@@ -294,7 +294,7 @@ IN_FLIGHT = {
 def test_operands_may_not_change_in_flight(what):
     in_registers, change = IN_FLIGHT[what]
     p = Product(a_in_registers=in_registers)
-    steps = WHOLE.replace("MULTIPLY\n", "MULTIPLY\n" + change + "\n")
+    steps = WHOLE.replace("MULTIPLY\n", "MULTIPLY\nbar.sync 0;\n" + change + "\n")
     with pytest.raises(VMError, match="modified before it was waited for"):
         p.run(steps)
     p.run(WHOLE + change + "\n")
