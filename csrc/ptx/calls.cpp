@@ -30,6 +30,51 @@ std::string text_at(const Launch& launch, uint64_t address) {
   return "?";
 }
 
+// What printf() would print: integers and strings, no flags. The list of values lies at a generic
+// address in the thread's local memory, each at a multiple of its size.
+std::string printed_text(const Warp& warp, int lane, const std::string& format, uint64_t list) {
+  std::string text;
+  uint64_t offset = 0;
+  const auto next = [&](uint64_t bytes) {
+    offset = (offset + bytes - 1) / bytes * bytes;
+    const uint64_t from = list + offset;
+    offset += bytes;
+    const uint64_t begin = reinterpret_cast<uint64_t>(warp.local_memory) +
+                           static_cast<uint64_t>(lane) * warp.local_bytes;
+    uint64_t value = 0;
+    if (from >= begin && from + bytes <= begin + warp.local_bytes)
+      std::memcpy(&value, reinterpret_cast<const void*>(from), bytes);
+    return value;
+  };
+  for (size_t i = 0; i < format.size(); i++) {
+    if (format[i] != '%' || i + 1 == format.size()) {
+      text += format[i];
+      continue;
+    }
+    bool is_long = false;
+    for (i++; i + 1 < format.size() && format[i] == 'l'; i++) is_long = true;
+    switch (format[i]) {
+      case 's':
+        text += text_at(*warp.launch, next(8));
+        break;
+      case 'd':
+        text += is_long ? std::to_string(static_cast<int64_t>(next(8)))
+                        : std::to_string(static_cast<int32_t>(next(4)));
+        break;
+      case 'u':
+        text += std::to_string(next(is_long ? 8 : 4));
+        break;
+      case '%':
+        text += '%';
+        break;
+      default:
+        return text + "...";
+    }
+  }
+  while (text.ends_with('\n')) text.pop_back();
+  return text;
+}
+
 // assert() and printf() are calls of functions that only the driver has.
 bool call_of_driver(Warp& warp, const Instruction& call, const Function& callee, uint32_t lanes) {
   const int lane = std::countr_zero(lanes);
@@ -42,6 +87,9 @@ bool call_of_driver(Warp& warp, const Instruction& call, const Function& callee,
                      argument(warp, call, 2, lane, sizeof(uint32_t)), ", function ", text(3)));
   }
   if (callee.name != "vprintf") return false;
+  const std::string format = text_at(*warp.launch, argument(warp, call, 0, lane, sizeof(uint64_t)));
+  warp.launch->last_printed =
+      printed_text(warp, lane, format, argument(warp, call, 1, lane, sizeof(uint64_t)));
   Frame& frame = *warp.frames.back();  // prints nothing, and says so
   for (int k = 0; k < call.immediate; k++) {
     const Operand& result = call.elements[static_cast<size_t>(k)];

@@ -135,7 +135,9 @@ class InstructionDecoder {
       instruction_.control = Control::kYield;
     } else if (opcode == "trap") {
       instruction_.execute = [](Warp& warp, const Instruction& instruction, uint32_t mask) {
-        warp.fail(instruction, std::countr_zero(mask), "trap executed");
+        const std::string& why = warp.launch->last_printed;
+        warp.fail(instruction, std::countr_zero(mask),
+                  why.empty() ? "trap executed" : "trap executed after printing " + why);
       };
     } else {
       return false;

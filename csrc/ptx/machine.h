@@ -497,6 +497,7 @@ struct Launch {
   std::vector<MemoryRange> ranges;  // sorted
   uint64_t progress = 0;            // changes whenever something that a wait can see has changed
   std::vector<Block*> resident;
+  std::string last_printed;  // what a thread printed before it trapped is often why
 
   // scheduler.cpp
   void run();
