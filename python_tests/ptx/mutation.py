@@ -6,7 +6,7 @@ left, under several schedules. A mutant is noticed if the interpreter stops, fin
 results are other bits. What is not noticed is either redundant, and then it costs time for nothing,
 or it is kept for a reason that no run on this interpreter can show: mutations.json gives it.
 
-    python -m python_tests.ptx.mutation            # compare with mutations.json
+    python -m python_tests.ptx.mutation            # run all, print
     python -m python_tests.ptx.mutation --write    # write it and the table in README.md
     python -m python_tests.ptx.mutation OP ...     # of some ops only
 """
@@ -308,10 +308,8 @@ def main(argv=None) -> int:
         if options.write:
             table = {"rows": [rows[key] for key in sorted(rows)]}
             TABLE.write_text(json.dumps(table, indent=1) + "\n")
-            readme = README.read_text()
-            README.write_text(
-                re.sub(r"(?ms)^\| op \| kernel .*?\|\n(?=\n|\Z)", markdown(table) + "\n", readme)
-            )
+            text = re.sub(r"(?s)\| op \| kernel .*\|\n", markdown(table) + "\n", README.read_text())
+            README.write_text(text)
     print(markdown({"rows": [rows[key] for key in sorted(rows)]}))
     return 0
 

@@ -97,8 +97,10 @@ def models(shape, count, dtype=torch.float32):
 
 def thresholds():
     for dtype in (torch.float32, torch.bfloat16):
-        base, tensors = models((9, 1500), 3, dtype)
-        keep = [5000, 1, base.numel()]
+        base = torch.zeros(9, 1500, dtype=dtype)
+        # All equal: the cut lies in a late tile, and there in a late thread's part.
+        tensors = [normal(9, 1500, dtype=dtype), torch.ones_like(base), -torch.ones_like(base)]
+        keep = [5000, 12_000, 13_000]
         yield Call(lambda ops, b=base, t=tensors, k=keep: (ops.magnitude_threshold(b, t, k),), 1)
 
 
@@ -123,8 +125,8 @@ def drops():
 
 
 def searches():
-    x = nonfinite.make((9000,), torch.float32)
-    x[8123] = x[8999] = float("nan")
+    x = nonfinite.make((256 * 2048,), torch.float32)  # a block has a run of 8 for each thread
+    x[-3] = float("nan")  # the last thread of the last block: its find goes through all of the tree
     yield Call(lambda ops: (ops.first_nonfinite(x),))
 
 

@@ -9,7 +9,7 @@ namespace mergeme::first_nonfinite {
 __device__ __forceinline__ int64_t least_of_block(int64_t mine, int64_t* shared) {
   shared[threadIdx.x] = mine;
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
+    simt::sync_before_folding(half);
     const int other = int(threadIdx.x) + half;
     if (int(threadIdx.x) < half && shared[other] < shared[threadIdx.x])
       shared[threadIdx.x] = shared[other];

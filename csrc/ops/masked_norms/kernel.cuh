@@ -69,7 +69,7 @@ __global__ void partials_kernel(Params p) {
       for (int s = 0; s < 4; ++s) shared.sums[s][lane] = sums[s];
       for (int s = 0; s < 2; ++s) shared.most[s][lane] = most[s];
       for (int half = kLanes / 2; half > 0; half /= 2) {
-        __syncthreads();
+        simt::sync_before_folding(half);
         if (lane < half) {
           for (int s = 0; s < 4; ++s) shared.sums[s][lane] += shared.sums[s][lane + half];
           for (int s = 0; s < 2; ++s)
