@@ -156,7 +156,7 @@ std::string folder_of(const std::string& op, const std::vector<std::string>& fol
 // The program with that kernel: the op's own if it has it, else that of an op whose launcher this
 // one calls.
 PtxFile& program_with(const std::string& kernel, const std::string& op,
-                   const std::string& architecture) {
+                      const std::string& architecture) {
   std::vector<std::string> order = built_ops(architecture);
   if (order.empty())
     throw std::runtime_error("ptx: expected the ops' PTX for " + architecture + " in _ptx beside " +
@@ -247,6 +247,8 @@ void Scope::launch(const simt::host::Launch& l) const {
                   .profile = settings().record && settings().profile,
                   .max_seconds = settings().max_seconds};
   set_schedule(o, seed_);
+  if (settings().max_grid > 0)
+    for (int32_t& blocks : o.grid) blocks = std::min(blocks, settings().max_grid);
   const auto* parameters = static_cast<const unsigned char*>(l.params);
   const auto refuse = [&](const std::string& what) {
     throw std::runtime_error(std::string(l.name) + " (" + target_.architecture + ", seed " +
