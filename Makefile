@@ -24,7 +24,7 @@ BUILT_SIMT := $(VENV)/.built-simt-$(SWITCHES)
 # Busy-waiting OpenMP threads make torch many times slower when anything else runs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-gpu bench-gpu lint format build sanitize wheel-check clean
+.PHONY: demo test test-mutations test-gpu bench-gpu lint format build sanitize wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT) $(VENV)/.demo
@@ -58,6 +58,11 @@ test-gpu bench-gpu:
 	for op in grouped_matmul grouped_experts topk_gating sort_by_expert merge_task_vectors; do \
 	  $(BIN)/python -m benchmarks.bench_$$op --device cuda || exit 1; \
 	done
+
+# Kernels with one barrier, wait or fence less: each is noticed, or explained. Some minutes.
+test-mutations: $(BUILT_SIMT) $(VENV)/.test
+	MERGEME_MUTATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+	  python_tests/ptx/test_mutations.py $(PYTEST_ARGS)
 
 build: $(BUILT)
 

@@ -47,6 +47,7 @@ __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, in
 // blocks.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
+  simt::begin_overlapped();
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.num_rows; i += step) {
     if (p.inverse != nullptr) MERGEME_DEVICE_ASSERT(0 <= p.inverse[i] && p.inverse[i] < p.num_rows);
@@ -101,7 +102,8 @@ inline void launch_plan(const PlanParams& p, void* stream) {
                                                                     : blocks),
                 .block = kPlanThreads,
                 .shared_bytes = (kPlanThreads / 32 + 3 * kPlanThreads) * sizeof(int32_t),
-                .stream = stream},
+                .stream = stream,
+                .overlaps = true},
                plan_kernel<kPlanThreads>, p);
 }
 
@@ -125,10 +127,11 @@ MERGEME_HD void locate(int number, int row_tiles, int column_tiles, int& row, in
 
 // Calls run(tile) for this block's share of the planned rows times the columns, group by group:
 // blocks stride over all tiles, so there may be any number of them. The same for all threads of a
-// block.
+// block. The kernel may be launched with `overlaps` if it touches no global memory before.
 template <typename Run>
 __device__ __forceinline__ void for_each_row_tile(const GroupTile* plan, const TileGrid& grid,
                                                   int height, int width, Run run) {
+  simt::begin_overlapped();
   for (int number = blockIdx.x; number < plan[0].first * grid.column_tiles; number += gridDim.x) {
     const GroupTile t = plan[1 + number / grid.column_tiles];
     int row, column;
@@ -151,6 +154,7 @@ template <typename Run>
 __device__ __forceinline__ void for_each_sum_tile(const int32_t* expert_offsets,
                                                   const TileGrid& grid, int height, int width,
                                                   Run run) {
+  simt::begin_overlapped();
   for (int number = blockIdx.x; number < grid.count; number += gridDim.x) {
     const int expert = number / grid.matrix_tiles;
     int row, column;

@@ -292,8 +292,7 @@ struct Ring {
 };
 
 // sum[i][j] are the mma results (see mma.cuh) of rows 16 i and columns 8 j of the warp's part. All
-// threads of the block call this together, with shared memory free; they pass a barrier, and on
-// return it is free again.
+// threads of the block call this together, with shared memory free; on return it is free again.
 template <typename T, typename Shape, typename A, typename B>
 __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& b,
                                               typename Shape::Sums& sum) {
@@ -305,10 +304,7 @@ __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& 
 #pragma unroll
       for (int l = 0; l < 4; ++l) sum[i][j][l] = 0;
   const int steps = (depth + Shape::kDepth - 1) / Shape::kDepth;
-  if (steps == 0) {
-    __syncthreads();
-    return;
-  }
+  if (steps == 0) return;
   // One group of copies for every step, so that waiting can count groups; past the end of zeros.
   Ring<Shape> copied{0}, loaded{0};
   const auto copy = [&] {
@@ -357,7 +353,7 @@ __device__ __forceinline__ void multiply_tile(char* shared, int depth, A& a, B& 
         }
     }
   }
-  simt::cp_async_wait<0>();
+  simt::cp_async_wait<0>();  // the zeros must not land on what is written next
   __syncthreads();
 }
 

@@ -255,6 +255,8 @@ void Scope::launch(const simt::host::Launch& l) const {
                   .profile = settings().record && settings().profile,
                   .max_seconds = settings().max_seconds};
   set_schedule(o, seed_);
+  if (settings().max_grid > 0)
+    for (int32_t& blocks : o.grid) blocks = std::min(blocks, settings().max_grid);
   const auto* parameters = static_cast<const unsigned char*>(l.params);
   const auto refuse = [&](const std::string& what) {
     throw std::runtime_error(std::string(l.name) + " (" + target_.architecture + ", seed " +

@@ -38,6 +38,7 @@ struct Settings {
   // takes another order.
   std::vector<uint32_t> seeds{0, 1, 2};
   std::optional<int> capability;  // instead of the target's own
+  int32_t max_grid = 0;  // blocks along each axis if not 0: kernels must stride over their work
   bool record = false;
   bool profile = false;  // records also count every line
   double max_seconds = 600;

@@ -80,6 +80,7 @@ void bind(py::module_ m) {
   py::class_<Settings>(m, "Settings")
       .def_readwrite("seeds", &Settings::seeds)
       .def_readwrite("capability", &Settings::capability)
+      .def_readwrite("max_grid", &Settings::max_grid)
       .def_readwrite("record", &Settings::record)
       .def_readwrite("profile", &Settings::profile)
       .def_readwrite("max_seconds", &Settings::max_seconds);

@@ -236,6 +236,11 @@ def pretending(capability: int):
     return _set(capability=capability)
 
 
+def small_grids(blocks: int):
+    """Launches at most so many blocks along each axis; only for kernels that stride over the rest."""
+    return _set(max_grid=blocks)
+
+
 def time_limit(seconds: float):
     """Stops a launch that takes longer."""
     return _set(max_seconds=seconds)

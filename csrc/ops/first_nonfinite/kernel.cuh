@@ -9,7 +9,7 @@ namespace mergeme::first_nonfinite {
 __device__ __forceinline__ int64_t least_of_block(int64_t mine, int64_t* shared) {
   shared[threadIdx.x] = mine;
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
+    simt::sync_before_folding(half);
     const int other = int(threadIdx.x) + half;
     if (int(threadIdx.x) < half && shared[other] < shared[threadIdx.x])
       shared[threadIdx.x] = shared[other];
@@ -38,7 +38,7 @@ __global__ void find_kernel(Params p) {
 }
 
 // out = the least of the partials, or -1. One block.
-static __global__ void finish_kernel(Params p) {
+__global__ void finish_kernel(Params p) {
   int64_t first = kNone;
   for (int64_t b = threadIdx.x; b < p.blocks; b += kThreads)
     if (p.partials[b] < first) first = p.partials[b];

@@ -117,7 +117,7 @@ __global__ void column_kernel(Params p) {
 
 // out[g, i, j] = out[g, j, i] = the sum of the pair's partials, in index order. A thread owns one
 // entry of a matrix, grid-stride.
-static __global__ void finish_kernel(Params p) {
+__global__ void finish_kernel(Params p) {
   const int64_t pairs = num_pairs(p.num_models), entries = p.num_models * p.num_models;
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; e < p.groups * entries;

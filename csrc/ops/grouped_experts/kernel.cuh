@@ -274,6 +274,7 @@ inline constexpr int kCombineThreads = 256;
 // One block per token at a time; a thread owns kWidth neighbouring h of every 256 * kWidth.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(CombineParams p) {
+  simt::begin_overlapped();
   using Acc = acc_t<T>;
   struct alignas(kWidth * sizeof(Acc)) Sums {
     Acc values[kWidth];

@@ -14,7 +14,7 @@ __device__ __forceinline__ magnitude_t<acc_t<T>> bits_at(const Params& p, const 
 }
 
 // states[m] = nothing known yet; histogram = 0. One thread per bin, grid-stride: no write races.
-static __global__ void start_kernel(Params p) {
+__global__ void start_kernel(Params p) {
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < p.num_models * kBins;
        i += step) {
@@ -33,7 +33,7 @@ __global__ void histogram_kernel(Params p) {
   const int known = p.shift + p.digit_bits;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t m = blockIdx.y; m < p.num_models; m += gridDim.y) {
-    for (int b = threadIdx.x; b < kBins; b += kThreads) counts[b] = 0;
+    for (int b = threadIdx.x; b < kBins; b += kThreads) counts[b] = 0;  // those it adds below
     __syncthreads();
     const T* tensor = static_cast<const T*>(p.tensors[m]);
     const uint64_t prefix = p.states[m].bits >> known;
@@ -44,13 +44,12 @@ __global__ void histogram_kernel(Params p) {
     __syncthreads();
     for (int b = threadIdx.x; b < kBins; b += kThreads)
       if (counts[b]) atomicAdd(&p.histogram[m * kBins + b], Count{counts[b]});
-    __syncthreads();  // before the next model clears the counts
   }
 }
 
 // Appends to states[m] the digit of the rank-th largest element, and clears the histogram for the
 // next pass. One block per model; a thread sums neighbouring bins, thread 0 walks the sums.
-static __global__ void pick_kernel(Params p) {
+__global__ void pick_kernel(Params p) {
   constexpr int kOwn = kBins / kThreads;
   auto* sums = simt::dynamic_shared<Count>();  // [kThreads], the highest digits first
   for (int64_t m = blockIdx.x; m < p.num_models; m += gridDim.x) {
@@ -80,7 +79,7 @@ __global__ void count_equal_kernel(Params p) {
   const int64_t tiles = ceil_div(p.numel, p.tile);
   for (int64_t m = blockIdx.y; m < p.num_models; m += gridDim.y)
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-      if (threadIdx.x == 0) *count = 0;
+      if (threadIdx.x == 0) *count = 0;  // it has read the last tile's
       __syncthreads();
       const T* tensor = static_cast<const T*>(p.tensors[m]);
       const int64_t end = (t + 1) * p.tile < p.numel ? (t + 1) * p.tile : p.numel;
@@ -90,7 +89,6 @@ __global__ void count_equal_kernel(Params p) {
       if (mine) atomicAdd(count, mine);
       __syncthreads();
       if (threadIdx.x == 0) p.equal[m * tiles + t] = *count;
-      __syncthreads();  // before the next tile clears the count
     }
 }
 

@@ -69,7 +69,7 @@ __global__ void partials_kernel(Params p) {
       for (int s = 0; s < 4; ++s) shared.sums[s][lane] = sums[s];
       for (int s = 0; s < 2; ++s) shared.most[s][lane] = most[s];
       for (int half = kLanes / 2; half > 0; half /= 2) {
-        __syncthreads();
+        simt::sync_before_folding(half);
         if (lane < half) {
           for (int s = 0; s < 4; ++s) shared.sums[s][lane] += shared.sums[s][lane + half];
           for (int s = 0; s < 2; ++s)
@@ -92,7 +92,7 @@ __global__ void partials_kernel(Params p) {
 
 // out[m, s] = sum or maximum of the partials, in index order; l2 is its root. A CUDA block owns a
 // model, a thread one of the six.
-static __global__ void finish_kernel(Params p) {
+__global__ void finish_kernel(Params p) {
   const int64_t blocks = ceil_div(p.numel, kSumBlock);
   const int s = int(threadIdx.x);
   for (int64_t m = blockIdx.x; m < p.num_models && s < kNorms; m += gridDim.x) {

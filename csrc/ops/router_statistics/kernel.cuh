@@ -40,6 +40,7 @@ __device__ Softmax<A> softmax(const T* logits, int64_t n) {
 // integers, so the order of the atomics does not matter.
 template <typename T, bool kShared>
 __global__ void sum_kernel(Params p) {
+  simt::begin_overlapped();
   using A = acc_t<T>;
   const int64_t lane = threadIdx.x, n = p.num_experts;
   A* row = static_cast<A*>(p.partials) + blockIdx.x * (n + 1);
@@ -78,6 +79,7 @@ __global__ void sum_kernel(Params p) {
 // sums[e] and squares = the partials' sums in chunk order; one thread owns a column.
 template <typename A>
 __global__ void finish_kernel(Params p) {
+  simt::begin_overlapped();
   const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, n = p.num_experts;
   if (column > n) return;
   const A* from = static_cast<const A*>(p.partials) + column;
@@ -91,6 +93,7 @@ __global__ void finish_kernel(Params p) {
 // warp owns a token.
 template <typename T>
 __global__ void backward_kernel(BackwardParams p) {
+  simt::begin_overlapped();
   using A = acc_t<T>;
   const int64_t lane = simt::lane_id(), n = p.num_experts;
   const int64_t warps_per_block = blockDim.x / simt::kWarpSize;

@@ -18,12 +18,14 @@ void launch(const Params& p, void* stream) {
            .block = simt::kWarpSize,
            .shared_bytes =
                shared ? static_cast<size_t>(p.num_experts) * (sizeof(A) + sizeof(int32_t)) : 0,
-           .stream = stream},
+           .stream = stream,
+           .overlaps = true},
           shared ? sum_kernel<T, true> : sum_kernel<T, false>, p);
     simt::launch("router_statistics finish",
                  {.grid = static_cast<unsigned>(ceil_div(p.num_experts + 1, kThreads)),
                   .block = kThreads,
-                  .stream = stream},
+                  .stream = stream,
+                  .overlaps = true},
                  finish_kernel<A>, p);
   });
 }
@@ -37,7 +39,8 @@ void launch_backward(const BackwardParams& p, void* stream) {
         "router_statistics_backward",
         {.grid = static_cast<unsigned>(std::min(ceil_div(p.num_tokens, kWarps), kMaxBlocks)),
          .block = kWarps * simt::kWarpSize,
-         .stream = stream},
+         .stream = stream,
+         .overlaps = true},
         backward_kernel<T>, p);
   });
 }

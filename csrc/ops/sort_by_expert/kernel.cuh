@@ -8,65 +8,65 @@ namespace mergeme::sort_by_expert {
 
 inline constexpr int kScanThreads = 512;
 
-// A warp's counters, one for each expert: in shared memory, or, for more experts than fit there, in
-// the chunk's own column of counts.
+// What one warp counts and places: slots begin to end, and where its counters lie, one for each
+// expert, `step` apart.
+struct Chunk {
+  int64_t begin, end;
+  int32_t* counters;
+  int64_t step;
+
+  __device__ __forceinline__ Chunk(const Params& p, int64_t number, int32_t* counters, int64_t step)
+      : begin(number * p.chunk < p.num_slots ? number * p.chunk : p.num_slots),
+        end(begin + p.chunk < p.num_slots ? begin + p.chunk : p.num_slots),
+        counters(counters),
+        step(step) {}
+  __device__ __forceinline__ int32_t* counter(int64_t expert) const {
+    return counters + expert * step;
+  }
+};
+
+// The block's chunk with its counters in shared memory, or, for more experts than fit there, in the
+// chunk's own column of counts.
 template <bool kShared>
-__device__ __forceinline__ int32_t* counter(const Params& p, int64_t expert) {
-  if constexpr (kShared)
-    return simt::dynamic_shared<int32_t>() + expert;
-  else
-    return p.counts + expert * p.num_chunks + blockIdx.x;
+__device__ __forceinline__ Chunk own_chunk(const Params& p) {
+  return kShared ? Chunk(p, blockIdx.x, simt::dynamic_shared<int32_t>(), 1)
+                 : Chunk(p, blockIdx.x, p.counts + blockIdx.x, p.num_chunks);
 }
 
-__device__ __forceinline__ int64_t chunk_end(const Params& p) {
-  const int64_t end = (blockIdx.x + int64_t{1}) * p.chunk;
-  return end < p.num_slots ? end : p.num_slots;
-}
-
-// counts[e][c] = slots of chunk c whose expert is e. One warp owns a chunk. Atomics on integers, so
-// the order in which lanes count does not matter.
-template <bool kShared>
-__global__ void count_kernel(Params p) {
-  const int64_t lane = threadIdx.x;
-  for (int64_t e = lane; e < p.num_buckets; e += 32) *counter<kShared>(p, e) = 0;
-  __syncthreads();  // of one warp
-  for (int64_t s = blockIdx.x * p.chunk + lane; s < chunk_end(p); s += 32) {
+// Adds the chunk's slots to its counters. Atomics on integers, so the order in which lanes count
+// does not matter.
+__device__ __forceinline__ void count(const Params& p, const Chunk& chunk) {
+  for (int64_t s = chunk.begin + simt::lane_id(); s < chunk.end; s += 32) {
     const int32_t expert = p.ids[s];
     MERGEME_DEVICE_ASSERT(expert >= 0 && expert < p.num_buckets);
-    atomicAdd(counter<kShared>(p, expert), 1);
+    atomicAdd(chunk.counter(expert), 1);
   }
-  __syncthreads();
-  if constexpr (kShared)
-    for (int64_t e = lane; e < p.num_buckets; e += 32)
-      p.counts[e * p.num_chunks + blockIdx.x] = *counter<kShared>(p, e);
 }
 
-// counts becomes its own exclusive prefix sum in the order (expert, chunk): where the first slot of
-// an expert in a chunk goes. offsets[e] is that of chunk 0. One block; each thread owns a stretch
-// of counts: it sums the stretch, learns the sum of those before it, and writes the running sum.
-__global__ void scan_kernel(Params p) {
-  int32_t* sums = simt::dynamic_shared<int32_t>();  // [2 * kScanThreads]
-  const int64_t size = p.num_buckets * p.num_chunks, stretch = ceil_div(size, kScanThreads);
+// counts, [B, num_chunks], becomes its own exclusive prefix sum: where the first slot of an expert
+// in a chunk goes. offsets[e] is that of chunk 0. One block; each thread owns a stretch of counts:
+// it sums the stretch, learns the sum of those before it, and writes the running sum.
+__device__ __forceinline__ void scan(const Params& p, int32_t* counts, int64_t num_chunks,
+                                     int32_t* sums) {  // [2 * kScanThreads]
+  const int64_t size = p.num_buckets * num_chunks, stretch = ceil_div(size, kScanThreads);
   const int64_t begin = threadIdx.x * stretch < size ? threadIdx.x * stretch : size;
   const int64_t end = begin + stretch < size ? begin + stretch : size;
   int32_t sum = 0;
-  for (int64_t i = begin; i < end; ++i) sum += p.counts[i];
+  for (int64_t i = begin; i < end; ++i) sum += counts[i];
   // Inclusive scan over threads; each step reads one half of sums and writes the other.
   int32_t total = sum;
   int from = 0;
-  sums[threadIdx.x] = total;
-  __syncthreads();
   for (unsigned distance = 1; distance < kScanThreads; distance *= 2) {
-    if (threadIdx.x >= distance) total += sums[from + threadIdx.x - distance];
-    from = kScanThreads - from;
     sums[from + threadIdx.x] = total;
     __syncthreads();
+    if (threadIdx.x >= distance) total += sums[from + threadIdx.x - distance];
+    from = kScanThreads - from;
   }
   int32_t before = total - sum;
   for (int64_t i = begin; i < end; ++i) {
-    const int32_t count = p.counts[i];
-    p.counts[i] = before;
-    if (i % p.num_chunks == 0) p.offsets[i / p.num_chunks] = before;  // the last one: E, if B > E
+    const int32_t count = counts[i];
+    counts[i] = before;
+    if (i % num_chunks == 0) p.offsets[i / num_chunks] = before;  // the last one: E, if B > E
     before += count;
   }
   if (threadIdx.x == 0 && p.num_buckets == p.num_experts)
@@ -74,32 +74,76 @@ __global__ void scan_kernel(Params p) {
 }
 
 // permutation and inverse, stable: a slot's position is where its expert's first slot of this chunk
-// goes, plus the number of earlier slots of that expert in the chunk. One warp owns a chunk and
-// takes 32 slots at a time: lanes with the same expert find one another, count those below them,
-// and the lowest moves the counter on for the next 32.
-template <bool kShared>
-__global__ void place_kernel(Params p) {
-  const int64_t lane = threadIdx.x;
-  if constexpr (kShared)
-    for (int64_t e = lane; e < p.num_buckets; e += 32)
-      *counter<kShared>(p, e) = p.counts[e * p.num_chunks + blockIdx.x];
-  __syncthreads();  // of one warp
-  const int64_t begin = blockIdx.x * p.chunk, end = chunk_end(p);
-  for (int64_t first = begin; first < end; first += 32) {
+// goes, plus the number of earlier slots of that expert in the chunk. The warp takes 32 slots at a
+// time: lanes with the same expert find one another, count those below them, and the lowest moves
+// the counter on for the next 32.
+__device__ __forceinline__ void place(const Params& p, const Chunk& chunk) {
+  const int64_t lane = simt::lane_id();
+  for (int64_t first = chunk.begin; first < chunk.end; first += 32) {
     const int64_t slot = first + lane;
-    const int32_t expert = slot < end ? p.ids[slot] : -1;
+    const int32_t expert = slot < chunk.end ? p.ids[slot] : -1;
     const unsigned same = __match_any_sync(simt::kFullWarp, expert);
     const int32_t rank = __popc(same & ((1u << lane) - 1));
     int32_t position = rank;
-    if (expert >= 0) position += *counter<kShared>(p, expert);
-    __syncthreads();  // all have read before one writes
+    if (expert >= 0) position += *chunk.counter(expert);
+    __syncwarp();  // all have read before one writes
     if (expert >= 0) {
-      if (rank == 0) *counter<kShared>(p, expert) = position + __popc(same);
+      if (rank == 0) *chunk.counter(expert) = position + __popc(same);
       p.permutation[position] = static_cast<int32_t>(slot);
       p.inverse[slot] = position;
     }
-    __syncthreads();
+    __syncwarp();
   }
+}
+
+// counts[e][c] = slots of chunk c whose expert is e. One warp owns a chunk.
+template <bool kShared>
+__global__ void count_kernel(Params p) {
+  simt::begin_overlapped();
+  const Chunk chunk = own_chunk<kShared>(p);
+  for (int64_t e = threadIdx.x; e < p.num_buckets; e += 32) *chunk.counter(e) = 0;
+  __syncwarp();
+  count(p, chunk);
+  if constexpr (kShared) {
+    __syncwarp();
+    for (int64_t e = threadIdx.x; e < p.num_buckets; e += 32)
+      p.counts[e * p.num_chunks + blockIdx.x] = *chunk.counter(e);
+  }
+}
+
+__global__ void scan_kernel(Params p) {
+  simt::begin_overlapped();
+  scan(p, p.counts, p.num_chunks, simt::dynamic_shared<int32_t>());
+}
+
+// One warp owns a chunk, whose place in counts says where its slots go.
+template <bool kShared>
+__global__ void place_kernel(Params p) {
+  simt::begin_overlapped();
+  const Chunk chunk = own_chunk<kShared>(p);
+  if constexpr (kShared)
+    for (int64_t e = threadIdx.x; e < p.num_buckets; e += 32)
+      *chunk.counter(e) = p.counts[e * p.num_chunks + blockIdx.x];
+  __syncwarp();
+  place(p, chunk);
+}
+
+// Few slots: all of it in one block. Each warp owns a chunk; there is one chunk more, which is
+// empty, since with an odd number of them the counters of a warp lie in different banks.
+inline constexpr int kSmallWarps = kScanThreads / 32, kSmallChunks = kSmallWarps + 1;
+
+__global__ void small_kernel(Params p) {
+  simt::begin_overlapped();
+  int32_t* sums = simt::dynamic_shared<int32_t>();  // [2 * kScanThreads], then [B, kSmallChunks]
+  int32_t* counts = sums + 2 * kScanThreads;
+  const Chunk chunk(p, simt::warp_id(), counts + simt::warp_id(), kSmallChunks);
+  for (int64_t i = threadIdx.x; i < p.num_buckets * kSmallChunks; i += kScanThreads) counts[i] = 0;
+  __syncthreads();
+  count(p, chunk);
+  __syncthreads();
+  scan(p, counts, kSmallChunks, sums);
+  __syncthreads();
+  place(p, chunk);
 }
 
 // kept_ids[s] = ids[s], or E where its expert is full. One warp owns an expert and looks at its
@@ -108,6 +152,7 @@ __global__ void place_kernel(Params p) {
 // key stay, and of those equal to it the first.
 template <typename A>
 __global__ void drop_kernel(DropParams p) {
+  simt::begin_overlapped();
   using Key = key_t<A>;
   const int64_t lane = threadIdx.x;
   const int32_t none = static_cast<int32_t>(p.num_experts);

@@ -171,6 +171,7 @@ __device__ __forceinline__ Normalizer<A> segment_normalizer(Score score, A z, bo
 // a token, a lane an expert and later a slot.
 template <typename T, int kWidth>
 __global__ void topk_segment_kernel(Params p) {
+  simt::begin_overlapped();
   using A = acc_t<T>;
   using Key = key_t<A>;
   constexpr int kTokens = 32 / kWidth;  // of a warp
@@ -234,6 +235,7 @@ inline constexpr int64_t kMaxRounds = 16;  // a slot more than this is cheaper t
 // The lane that writes slot k is the one that reads it back, but for the ranked ids.
 template <typename T, int kPerLane>
 __global__ void topk_kernel(Params p) {
+  simt::begin_overlapped();
   using A = acc_t<T>;
   using Key = key_t<A>;
   const int64_t lane = simt::lane_id();
@@ -372,6 +374,7 @@ __global__ void topk_kernel(Params p) {
 // lanes write apart.
 template <typename T>
 __global__ void backward_kernel(BackwardParams p) {
+  simt::begin_overlapped();
   using A = acc_t<T>;
   const int64_t lane = simt::lane_id();
   const int64_t warps_per_block = blockDim.x / simt::kWarpSize;

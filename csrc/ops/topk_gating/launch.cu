@@ -12,7 +12,8 @@ simt::LaunchConfig config(int64_t num_warps, void* stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;  // grid-stride kernels: more blocks bring nothing
   return {.grid = static_cast<unsigned>(std::min(ceil_div(num_warps, kWarps), kMaxBlocks)),
           .block = kWarps * simt::kWarpSize,
-          .stream = stream};
+          .stream = stream,
+          .overlaps = true};
 }
 
 template <typename T>

@@ -25,6 +25,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // __shared__ is left undefined on purpose: kernels use simt::dynamic_shared<T>().
 
 struct uint3 {
@@ -59,6 +60,7 @@ struct Launch {
   size_t shared_bytes;
   const void* params;
   size_t params_bytes;
+  bool overlaps;
 };
 // Where launches go instead of run_grid(), while it is set: to an interpreter of what nvcc made of
 // the kernels.
