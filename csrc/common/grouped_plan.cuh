@@ -21,7 +21,8 @@ struct PlanParams {
 
 inline constexpr int kPlanThreads = 128;
 
-// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all.
+// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all. A barrier
+// must come before the next call.
 __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, int32_t& total) {
   const int lane = simt::lane_id(), warp = simt::warp_id();
   constexpr int kWarps = kPlanThreads / 32;
@@ -29,7 +30,6 @@ __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, in
     const int32_t other = __shfl_up_sync(simt::kFullWarp, value, distance);
     if (lane >= distance) value += other;
   }
-  __syncthreads();  // shared may still be read from last time
   if (lane == 31) shared[warp] = value;
   __syncthreads();
   total = 0;

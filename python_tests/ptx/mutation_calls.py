@@ -36,9 +36,14 @@ def products():
         inner = 264 if height == 128 else 456
         yield product("nt", counts, inner, 152, bf16)
         yield product("nn", counts, inner, 152, bf16)
+        if height == 128:  # the last zeros land where the sums pass through
+            yield product("nt", counts, 200, 152, bf16)
+            yield product("nn", counts, 200, 152, bf16)
     yield product("tn", [300, 0, 40, 70], 136, 72, bf16)
+    yield product("tn", [170, 0, 0, 9], 136, 72, bf16)
     for layout in ("nt", "nn", "tn"):
         yield product(layout, [70, 0, 30], 40, 72, f32)
+    yield product("nt", [1, 0, 2] * 100, 8, 8, f32)  # more experts than the plan takes at once
 
 
 def expert_calls(counts, hidden, intermediate, dtype):
@@ -48,13 +53,17 @@ def expert_calls(counts, hidden, intermediate, dtype):
     _, saved = torch.ops.mergeme_simt.grouped_experts(*args, save=True)
     yield Call(lambda ops: (ops.grouped_experts(*args)[0],))
     yield Call(lambda ops: ops.grouped_experts(*args, save=True))
-    yield Call(lambda ops: ops.grouped_experts_backward(grad, *args, saved, output_mask=[True] * 4))
+    for wanted in range(4):  # one gradient, so that few kernels run
+        mask = [wanted == i for i in range(4)]
+        yield Call(
+            lambda ops, m=mask: ops.grouped_experts_backward(grad, *args, saved, output_mask=m)
+        )
 
 
 def all_experts():
     yield from expert_calls(HEIGHTS[16], 456, 200, torch.bfloat16)
-    yield from expert_calls(HEIGHTS[128], 264, 136, torch.bfloat16)
-    yield from expert_calls([40, 0, 17, 3], 24, 40, torch.float32)
+    yield from expert_calls(HEIGHTS[128], 168, 136, torch.bfloat16)
+    yield from expert_calls([40, 0, 17, 3], 24, 136, torch.float32)
 
 
 def sorts():
