@@ -3,9 +3,9 @@
 Switches, read from the environment:
     MERGEME_CUDA          auto (default): on when nvcc is found and torch is a CUDA build; 0 or 1
     MERGEME_SIMT          1 builds the test module that runs the CUDA sources on the host
-    MERGEME_PTX           auto (default): with MERGEME_SIMT=1, in place, also the kernels' PTX for it if
-                          nvcc is found; 0 or 1
-    TORCH_CUDA_ARCH_LIST  torch's form, such as "8.0;9.0+PTX"; default 8.0;8.6;8.9;9.0+PTX
+    MERGEME_PTX           auto (default): with MERGEME_SIMT=1, in place, also the kernels' PTX for
+                          that module if nvcc is found; 0 or 1
+    TORCH_CUDA_ARCH_LIST  torch's form, such as "8.0;9.0+PTX"; default 8.0+PTX;8.6;8.9;9.0a
     MERGEME_CMAKE_ARGS    further arguments for cmake
     MAX_JOBS, DEBUG       as for torch's own extensions
 """
@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 INSTALL = "pip install --no-build-isolation ."
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a"
 
 
 def need(module: str) -> None:

@@ -1,277 +1,309 @@
-"""What nvcc makes of the tensor-core kernels of the grouped ops: registers, spills, the main loop.
+"""What nvcc makes of all kernels: registers, spills, instructions, the tensor-core kernels' loop.
 
-    python -m benchmarks.sass                    # compile, compare with benchmarks/sass.json
-    python -m benchmarks.sass --write            # compile, write it and the table in the README
-    python -m benchmarks.sass --cutlass INCLUDE  # headers, if not of the package nvidia-cutlass
+    python -m benchmarks.sass                            # compile, compare with sass.json
+    python -m benchmarks.sass --write                    # compile, write it and README's tables
+    python -m benchmarks.sass --cutlass DIR --deep-gemm DIR    # headers, if not of packages
 
 Needs nvcc, and cuobjdump from the CUDA toolkit or from the package triton. No GPU.
 """
 
 import argparse
-import importlib.util
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.device_code import (
+    ROOT,
+    Figures,
+    MissingToolError,
+    Unit,
+    compile_units,
+    figures_of,
+    find_cuobjdump,
+    find_nvcc,
+    nvcc_version,
+)
+from benchmarks.yardsticks import CUTLASS, DEEP_GEMM, YARDSTICKS, find_headers
+from benchmarks.yardsticks import units as yardstick_units
+
 TABLE = ROOT / "benchmarks/sass.json"
 README = ROOT / "benchmarks/README.md"
-ARCHES = (80, 90)
-# The flags of mergeme_device in CMakeLists.txt.
-FLAGS = ["-std=c++20", "-fmad=false", "--extended-lambda", "--expt-relaxed-constexpr"]
-
-# By op, the name in the table, the kernel and its parameters. bfloat16 stands for float16 too.
-_OF_OP = {
-    "grouped_matmul": [
-        ("nt 128", "grouped_matmul_sm80_kernel<bfloat16_t, Layout::kNt, 128>", "Params"),
-        ("nn 128", "grouped_matmul_sm80_kernel<bfloat16_t, Layout::kNn, 128>", "Params"),
-        ("tn 128", "grouped_matmul_sm80_kernel<bfloat16_t, Layout::kTn, 128>", "Params"),
-        ("nt 64", "grouped_matmul_sm80_kernel<bfloat16_t, Layout::kNt, 64>", "Params"),
-        ("nt 32", "grouped_matmul_sm80_kernel<bfloat16_t, Layout::kNt, 32>", "Params"),
-        ("nt 16", "grouped_matmul_sm80_kernel<bfloat16_t, Layout::kNt, 16>", "Params"),
-    ],
-    "grouped_experts": [
-        ("gate_up 128", "gate_up_sm80_kernel<bfloat16_t, 128>", "Params"),
-        ("gate_up 16", "gate_up_sm80_kernel<bfloat16_t, 16>", "Params"),
-        ("down 128", "rows_sm80_kernel<bfloat16_t, true, 128>", "RowsParams"),
-        ("grad activation 128", "grad_activation_sm80_kernel<bfloat16_t, 128>", "BackwardParams"),
-        ("grad down", "sums_sm80_kernel<bfloat16_t, true>", "SumsParams"),
-        ("grad gate_up", "sums_sm80_kernel<bfloat16_t, false>", "SumsParams"),
-        ("grad rows 128", "rows_sm80_kernel<bfloat16_t, false, 128>", "RowsParams"),
-    ],
-}
-KERNELS = [(op, *kernel) for op, kernels in _OF_OP.items() for kernel in kernels]
-YARDSTICK = ("CUTLASS", "grouped nt 128")
-# The grouped kernel of CUTLASS 2.x with the tile, stages and instruction of ours.
-CUTLASS_SOURCE = """
-#include "cutlass/device_kernel.h"
-#include "cutlass/epilogue/thread/linear_combination.h"
-#include "cutlass/gemm/kernel/default_gemm_grouped.h"
-#include "cutlass/gemm/kernel/gemm_grouped.h"
-using Element = cutlass::bfloat16_t;
-using cutlass::gemm::GemmShape;
-using Kernel = cutlass::gemm::kernel::DefaultGemmGrouped<
-    Element, cutlass::layout::RowMajor, cutlass::ComplexTransform::kNone, 8, Element,
-    cutlass::layout::ColumnMajor, cutlass::ComplexTransform::kNone, 8, Element,
-    cutlass::layout::RowMajor, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
-    GemmShape<128, 128, 32>, GemmShape<64, 64, 32>, GemmShape<16, 8, 16>,
-    cutlass::epilogue::thread::LinearCombination<Element, 8, float, float>,
-    cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle, 4>::GemmKernel;
-template __global__ void cutlass::Kernel<Kernel>(Kernel::Params);
-"""
+ARCHES = ("80", "90a")
+# A figure may be this much larger than in the table.
+GROWTH = 1.1
+# Instructions of the main loop per tensor-core instruction, as a multiple of the yardstick's.
+PARITY = 1.25
+_DTYPES = r"(?:mergeme::)?(?:bfloat16_t|float16_t|float8_e4m3_t|float|double|half)"
+_LAYOUTS = ("nt", "nn", "tn")
+# Multiply-adds of a warpgroup's m64n256k16, by which instructions of other shapes are counted.
+_UNIT = 64 * 256 * 16
 
 
-class MissingToolError(RuntimeError):
-    """A program that this needs is not there."""
+def _without_parameters(function: str) -> str:
+    depth = 0
+    for i, c in enumerate(function):
+        depth += (c == "<") - (c == ">")
+        if c == "(" and depth == 0:
+            return function[:i]
+    return function
 
 
-def find_nvcc() -> str:
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if not nvcc:
-        raise MissingToolError("nvcc is not on the PATH (and CUDACXX is not set)")
-    return nvcc
+def kernel_name(readable: str) -> tuple[str, str]:
+    """(name, its dtypes) of a demangled kernel: what is left is the variant, whatever the dtype.
 
-
-def find_cuobjdump() -> str:
-    if found := shutil.which("cuobjdump"):
-        return found
-    spec = importlib.util.find_spec("triton")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        program = Path(folder) / "backends/nvidia/bin/cuobjdump"
-        if os.access(program, os.X_OK):
-            return str(program)
-    raise MissingToolError("cuobjdump is neither on the PATH nor in an installed package triton")
-
-
-def find_cutlass() -> Path | None:
-    spec = importlib.util.find_spec("cutlass_library")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (include := Path(folder) / "source/include").is_dir():
-            return include
-    return None
-
-
-def nvcc_version(nvcc: str) -> str:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release \S+, V(\S+)", text)[1]
-
-
-def source_of(op: str) -> str:
-    lines = [f'#include "csrc/ops/{op}/kernel_sm80.cuh"', f"namespace mergeme::{op} {{"]
-    lines += [f"template __global__ void {k}({params});" for _, k, params in _OF_OP[op]]
-    return "\n".join([*lines, "}", ""])
-
-
-def compile_units(nvcc: str, units: dict[str, tuple[str, list[str]]], arches, folder: Path):
-    """Compiles {name: (source, flags)} for every architecture, as many at a time as there are CPUs.
-
-    Returns (name, arch, ptxas' report, cubin) of each.
+    "void mergeme::a::b_kernel<mergeme::float16_t, (mergeme::a::Layout)0, 128>(...)" is
+    ("b_kernel<nt, 128>", "float16_t").
     """
-    ccache = [found] if (found := shutil.which("ccache")) else []
-
-    def run(job):
-        name, arch = job
-        source, cubin = folder / f"{name}.cu", folder / f"{name}.sm_{arch}.cubin"
-        command = [*ccache, nvcc, *units[name][1], f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
-        command += ["-o", str(cubin), str(source)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"nvcc failed on {name} for sm_{arch}:\n{done.stderr}")
-        return name, arch, done.stderr, cubin
-
-    for name, (text, _) in units.items():
-        (folder / f"{name}.cu").write_text(text)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(run, [(name, arch) for name in units for arch in arches])
+    text = _without_parameters(re.sub(r"^void ", "", readable))
+    text = re.sub(r"\([\w:]*Layout\)(\d)", lambda m: _LAYOUTS[int(m[1])], text)
+    text = re.sub(r"\((?:[\w:]|\(anonymous namespace\))+\)(-?\d+)", r"\1", text)
+    head, _, rest = text.partition("<")
+    dtypes = re.findall(_DTYPES, rest)
+    rest = re.sub(rf"{_DTYPES}(?:, )?", "", rest).strip(" ,>")
+    rest = rest.replace("(bool)", "").replace("mergeme::", "")
+    name = head.split("::")[-1]
+    return (f"{name}<{rest}>" if rest else name), " ".join(d.split("::")[-1] for d in dtypes)
 
 
-def ptxas_figures(report: str) -> dict[str, dict[str, int]]:
-    """Registers, stack and spilled bytes of every kernel, by mangled name."""
-    pattern = (
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers"
-    )
-    return {
-        m[1]: {"registers": int(m[5]), "stack": int(m[2]), "spilled": int(m[3]) + int(m[4])}
-        for m in re.finditer(pattern, report, re.S)
-    }
+def equivalents(shape: str, count: int) -> float:
+    """Tensor-core instructions in units of m64n256k16: by multiply-adds."""
+    kind, _, size = shape.partition(".")
+    if kind == "HMMA":
+        m, n, k = 16, 8, int(size[-2:]) if size.endswith("16") else 8
+    else:
+        m, n, k = map(int, size.split("x"))
+    return count * m * n * k / _UNIT
 
 
-def disassemble(cuobjdump: str, cubin: Path) -> dict[str, list[tuple[int, str]]]:
-    """(address, instruction) lists of every kernel, by mangled name."""
-    done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"cuobjdump failed: {done.stderr}")
-    kernels: dict[str, list[tuple[int, str]]] = {}
-    for line in done.stdout.splitlines():
-        if found := re.match(r"\s*Function : (\S+)", line):
-            instructions = kernels.setdefault(found[1], [])
-        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
-            instructions.append((int(found[1], 16), found[2]))
-    return kernels
+def _loop_row(op: str, kernel: str, arch: str, f: Figures) -> dict:
+    row = {"op": op, "kernel": kernel, "arch": arch, "registers": f.registers, "stack": f.stack}
+    row |= {"spilled": f.spilled, "local": f.local, "warnings": sorted(set(f.warnings))}
+    row |= {"instructions": f.instructions, "loop": f.loop, "shape": f.shape, "mma": f.mma}
+    return row | f.in_loop
 
 
-def opcode(instruction: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+def _family_row(op: str, kernel: str, arch: str, all_figures: list[Figures]) -> dict:
+    """One row for all dtypes of a kernel: sums of what must be zero, the largest of the rest."""
+    row = {"op": op, "kernel": kernel, "arch": arch, "variants": len(all_figures)}
+    for name in ("stack", "spilled", "local"):
+        row[name] = sum(getattr(f, name) for f in all_figures)
+    for name in ("registers", "shared", "instructions"):
+        row[name] = max(getattr(f, name) for f in all_figures)
+    return row
 
 
-def loop_figures(instructions: list[tuple[int, str]]) -> dict[str, int]:
-    """Counts over the whole kernel and over its main loop.
-
-    The main loop is the shortest stretch between a backward branch and its target that holds a
-    tensor-core instruction.
-    """
-    everything = Counter(opcode(text) for _, text in instructions)
-    main: list[str] = []
-    for address, text in instructions:
-        target = re.search(r"0x([0-9a-f]+)", text)
-        if opcode(text) != "BRA" or not target or int(target[1], 16) >= address:
-            continue
-        body = [opcode(t) for a, t in instructions if int(target[1], 16) <= a <= address]
-        if "HMMA" in body and (not main or len(body) < len(main)):
-            main = body
-    loop = Counter(main)
-    return {
-        "local": sum(everything[o] for o in ("LDL", "STL", "LD", "ST")),
-        "instructions": len(instructions),
-        "loop": len(main),
-        "HMMA": loop["HMMA"],
-        "LDSM": loop["LDSM"],
-        "LDGSTS": loop["LDGSTS"],
-    }
+def ours(arches: Iterable[str] = ARCHES, ops: Iterable[str] | None = None) -> list[Unit]:
+    """Every launcher, or those of some ops."""
+    names = ops or sorted(p.parent.name for p in (ROOT / "csrc/ops").glob("*/launch.cu"))
+    return [Unit(op, ROOT / f"csrc/ops/{op}/launch.cu", tuple(arches)) for op in names]
 
 
-def measure(arches=ARCHES, cutlass: Path | None = None) -> dict:
-    """The figures of every kernel in KERNELS, and of CUTLASS's where its headers are."""
+def measure(headers: dict[str, Path], arches=ARCHES, ops: Iterable[str] | None = None) -> dict:
+    """The figures of all our kernels, and of the yardsticks whose headers are at hand."""
     nvcc, cuobjdump = find_nvcc(), find_cuobjdump()
-    units = {op: (source_of(op), [*FLAGS, "-I."]) for op in _OF_OP}
-    if cutlass:
-        flags = ["-std=c++17", "--expt-relaxed-constexpr", f"-I{cutlass}"]
-        units["cutlass"] = (CUTLASS_SOURCE, flags)
-    rows = []
+    theirs = yardstick_units(headers)
+    loops, families = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for unit, arch, report, cubin in compile_units(nvcc, units, arches, Path(folder)):
-            figures, listings = ptxas_figures(report), disassemble(cuobjdump, cubin)
-            names = list(listings)
-            readable = subprocess.run(
-                ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-            ).stdout.split("\n")
-            for mangled, name in zip(names, readable, strict=False):
-                key = kernel_of(unit, name)
-                if key is None:  # not one of the table's
-                    continue
-                row = {"op": key[0], "kernel": key[1], "arch": arch}
-                rows.append(row | figures[mangled] | loop_figures(listings[mangled]))
-    order = {key: i for i, key in enumerate([*(k[:2] for k in KERNELS), YARDSTICK])}
-    rows.sort(key=lambda r: (r["arch"], order[r["op"], r["kernel"]]))
-    return {"nvcc": nvcc_version(nvcc), "rows": rows}
-
-
-def kernel_of(unit: str, readable: str) -> tuple[str, str] | None:
-    if unit == "cutlass":
-        return YARDSTICK
-    layouts = {"Layout::kNt": 0, "Layout::kNn": 1, "Layout::kTn": 2}
-    for name, kernel, _ in _OF_OP[unit]:
-        for layout, number in layouts.items():
-            kernel = kernel.replace(layout, f"(mergeme::grouped_matmul::Layout){number}")
-        kernel = kernel.replace("bfloat16_t", "mergeme::bfloat16_t")
-        if f"::{kernel}(" in readable:
-            return unit, name
-    return None
+        units = [*ours(arches, ops), *theirs]
+        for unit, arch, report, cubin in compile_units(nvcc, units, Path(folder)):
+            kernels = figures_of(cuobjdump, report, cubin)
+            if unit in theirs:
+                (figures,) = kernels.values()
+                loops.append(_loop_row(theirs[unit].library, theirs[unit].name, arch, figures))
+                continue
+            by_name: dict[str, list[Figures]] = {}
+            for readable, figures in kernels.items():
+                by_name.setdefault(kernel_name(readable)[0], []).append(figures)
+            for name, same in sorted(by_name.items()):
+                families.append(_family_row(unit.name, name, arch, same))
+                # Of the dtypes, the one with the longest loop stands for all.
+                longest = max(same, key=lambda f: (f.loop, f.registers))
+                if longest.mma:
+                    loops.append(_loop_row(unit.name, name, arch, longest))
+    for rows in (loops, families):
+        rows.sort(key=lambda r: (ARCHES.index(r["arch"]), r["op"] in (CUTLASS, DEEP_GEMM)))
+    return {"nvcc": nvcc_version(nvcc), "loops": loops, "kernels": families}
 
 
 def read_table() -> dict:
     return json.loads(TABLE.read_text())
 
 
-def markdown(table: dict) -> str:
-    head = ("op", "kernel", "arch", "registers", "spilled bytes", "main loop", "HMMA", "LDSM")
-    head += ("LDGSTS", "instructions per HMMA", "whole kernel")
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
-    for r in table["rows"]:
-        cells = (r["op"], r["kernel"], f"sm_{r['arch']}", r["registers"], r["spilled"], r["loop"])
-        cells += (r["HMMA"], r["LDSM"], r["LDGSTS"], f"{r['loop'] / r['HMMA']:.2f}")
-        lines.append("| " + " | ".join(map(str, (*cells, r["instructions"]))) + " |")
-    return "\n".join([f"nvcc {table['nvcc']}:", "", *lines])
+def key(row: dict) -> tuple[str, str, str]:
+    return row["op"], row["kernel"], row["arch"]
+
+
+def yardstick_of(row: dict, table: dict) -> dict | None:
+    """The yardstick's row that a kernel's main loop is held to, or None.
+
+    That is the one with the same instruction, else the one of its kind with the next smaller
+    (else the smallest) one, compared by multiply-adds. On sm_80 only tiles of 64 or 128 rows have
+    one: those of fewer rows multiply each fragment of the weights fewer times.
+    """
+    library = CUTLASS if row["shape"].startswith("HMMA") else DEEP_GEMM
+    if library == CUTLASS and row["mma"] < 64:
+        return None
+    kind = row["shape"].split(".")[0]
+    same = [
+        r
+        for r in table["loops"]
+        if r["op"] == library and r["arch"] == row["arch"] and r["shape"].split(".")[0] == kind
+    ]
+    size = equivalents(row["shape"], 1)
+    same.sort(key=lambda r: equivalents(r["shape"], 1))
+    fitting = [r for r in same if equivalents(r["shape"], 1) <= size]
+    return (fitting or same[::-1] or [None])[-1]
+
+
+def ratio_to_yardstick(row: dict, table: dict) -> float | None:
+    """Main-loop instructions per multiply-add, relative to the yardstick's; None without one."""
+    their = yardstick_of(row, table)
+    if their is None or row["op"] == their["op"]:
+        return None
+    each, theirs = (r["loop"] / equivalents(r["shape"], r["mma"]) for r in (row, their))
+    return each / theirs
+
+
+def _is_ours(row: dict) -> bool:
+    return row["op"] not in (CUTLASS, DEEP_GEMM)
+
+
+def _called(row: dict) -> str:
+    return f"{row['op']} {row['kernel']} sm_{row['arch']}"
+
+
+def complaints(new: dict, old: dict) -> list[str]:
+    """What is worse in ``new`` than in the table ``old``, or forbidden anyway; one line each.
+
+    Spills are forbidden, and in tensor-core kernels any stack. Elsewhere a stack is where a device
+    assert lays out its message; it may not grow.
+    """
+    found = []
+    figures = {"kernels": ("stack", "local", "registers", "shared", "instructions")}
+    figures["loops"] = ("loop", "registers", "instructions")
+    for part, compared in figures.items():
+        before = {key(r): r for r in old[part]}
+        for row in filter(_is_ours, new[part]):
+            if row["spilled"]:
+                found.append(f"{_called(row)}: {row['spilled']} bytes spilled")
+            if key(row) not in before:
+                found.append(f"{_called(row)}: not in {TABLE.name} ({part})")
+                continue
+            for what in compared:
+                if row[what] > GROWTH * before[key(row)][what]:
+                    found.append(
+                        f"{_called(row)}: {what} {row[what]}, was {before[key(row)][what]}"
+                    )
+    for row in filter(_is_ours, new["loops"]):
+        if row["stack"] or row["local"]:
+            found.append(f"{_called(row)}: {row['stack']} bytes of stack, {row['local']} local")
+        if row["warnings"]:
+            found.append(f"{_called(row)}: ptxas remarks {' '.join(row['warnings'])}")
+        # Without headers the yardsticks are the table's.
+        ratio = ratio_to_yardstick(row, {"loops": [*new["loops"], *old["loops"]]})
+        if ratio is not None and ratio > PARITY:
+            found.append(
+                f"{_called(row)}: main loop {ratio:.2f} x the yardstick's, at most {PARITY}"
+            )
+    return found
+
+
+def _lines(head: tuple[str, ...], rows: Iterable[tuple], words: int) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |"]
+    lines.append("|" + " --- |" * words + " ---: |" * (len(head) - words))
+    return lines + ["| " + " | ".join(map(str, r)) + " |" for r in rows]
+
+
+def loops_markdown(table: dict) -> str:
+    """The main loops, with the yardsticks' below those of each architecture."""
+    head = ("op", "kernel", "arch", "instruction", "registers", "spilled bytes", "main loop")
+    head += ("MMA", "LDSM", "LDGSTS", "per MMA", "per m64n256k16", "x yardstick", "whole kernel")
+    rows = []
+    for r in table["loops"]:
+        if r["arch"] != "80" and _is_ours(r) and r["shape"].startswith("HMMA"):
+            continue  # the kernels for sm_80, once more
+        ratio = ratio_to_yardstick(r, table)
+        cells = (r["op"], r["kernel"], f"sm_{r['arch']}", r["shape"], r["registers"], r["spilled"])
+        cells += (r["loop"], r["mma"], r.get("LDSM", 0), r.get("LDGSTS", 0))
+        cells += (f"{r['loop'] / r['mma']:.2f}",)
+        cells += (f"{r['loop'] / equivalents(r['shape'], r['mma']):.1f}",)
+        rows.append((*cells, "" if ratio is None else f"{ratio:.2f}", r["instructions"]))
+    return "\n".join([f"nvcc {table['nvcc']}:", "", *_lines(head, rows, 4)])
+
+
+def kernels_markdown(table: dict) -> str:
+    """All kernels; the figures of both architectures side by side."""
+    head = ("op", "kernel", "dtypes", "registers", "spills and stack", "static shared", "local")
+    head += ("instructions",)
+    merged: dict[tuple, dict[str, dict]] = {}
+    for r in table["kernels"]:
+        merged.setdefault(key(r)[:2], {})[r["arch"]] = r
+
+    def both(row: dict[str, dict], *names: str) -> str:
+        values = [str(sum(r[n] for n in names)) for a in ARCHES if (r := row.get(a))]
+        return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+    rows = [
+        (
+            *name,
+            both(row, "variants"),
+            both(row, "registers"),
+            both(row, "spilled", "stack"),
+            both(row, "shared"),
+            both(row, "local"),
+            both(row, "instructions"),
+        )
+        for name, row in sorted(merged.items())
+    ]
+    return "\n".join(_lines(head, rows, 2))
+
+
+def _between(text: str, name: str, content: str) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def write(table: dict) -> None:
-    rows = ",\n".join("    " + json.dumps(row) for row in table["rows"])
-    TABLE.write_text(f'{{\n  "nvcc": {json.dumps(table["nvcc"])},\n  "rows": [\n{rows}\n  ]\n}}\n')
-    text, begin, end = README.read_text(), "<!-- sass: begin -->", "<!-- sass: end -->"
-    before, rest = text.split(begin)
-    README.write_text(f"{before}{begin}\n{markdown(table)}\n{end}{rest.split(end)[1]}")
+    parts = []
+    for part in ("loops", "kernels"):
+        rows = ",\n".join("    " + json.dumps(row) for row in table[part])
+        parts.append(f'  "{part}": [\n{rows}\n  ]')
+    body = ",\n".join([f'  "nvcc": {json.dumps(table["nvcc"])}', *parts])
+    TABLE.write_text(f"{{\n{body}\n}}\n")
+    text = _between(README.read_text(), "sass", loops_markdown(table))
+    README.write_text(_between(text, "sass kernels", kernels_markdown(table)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table instead")
-    parser.add_argument("--cutlass", type=Path, default=None, help="folder of CUTLASS's headers")
+    parser.add_argument("--write", action="store_true", help="write the tables instead")
+    parser.add_argument("--cutlass", type=Path, help="folder of CUTLASS's headers")
+    parser.add_argument("--deep-gemm", type=Path, help="folder of DeepGEMM's headers")
     args = parser.parse_args()
+    given = {CUTLASS: args.cutlass, DEEP_GEMM: args.deep_gemm}
+    headers = find_headers() | {k: v.resolve() for k, v in given.items() if v}
     try:
-        table = measure(cutlass=args.cutlass or find_cutlass())
+        table = measure(headers)
     except MissingToolError as error:
         print(f"sass: {error}", file=sys.stderr)
         return 2
-    old = read_table() if TABLE.exists() else {"rows": []}
-    if not any(r["op"] == YARDSTICK[0] for r in table["rows"]):
-        print("sass: no CUTLASS headers; its rows stay as they were", file=sys.stderr)
-        table["rows"] += [r for r in old["rows"] if r["op"] == YARDSTICK[0]]
-        table["rows"].sort(key=lambda r: r["arch"])
-    print(markdown(table))
+    old = read_table() if TABLE.exists() else {"loops": [], "kernels": []}
+    for library in {y.library for y in YARDSTICKS} - set(headers):
+        print(f"sass: no headers of {library}; its rows stay as they were", file=sys.stderr)
+        table["loops"] += [r for r in old.get("loops", []) if r["op"] == library]
+    table["loops"].sort(key=lambda r: (ARCHES.index(r["arch"]), r["op"] in (CUTLASS, DEEP_GEMM)))
     if args.write:
         write(table)
-        return 0
-    if table != old:
-        print("sass: the figures differ from benchmarks/sass.json", file=sys.stderr)
-    return int(table != old)
+        old = table
+    print(loops_markdown(table))
+    wrong = complaints(table, old)
+    for line in wrong:
+        print(f"sass: {line}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t BitsVector __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfBitsVector __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes / 4)));
 
 template <typename Acc>
 struct VectorOf;
@@ -129,6 +130,54 @@ MERGEME_INLINE void store(float16_t* p, FloatVector v) {
   for (int i = 0; i < kLanes<float>; ++i) p[i] = from_acc<float16_t>(v[i]);
 #endif
 }
+
+// ---- e4m3
+
+// The number in the highest byte of each lane; bits below it must be zero.
+MERGEME_INLINE FloatVector decode_e4m3(BitsVector top) {
+  const IntVector rest = reinterpret_cast<IntVector>((top & 0x7f000000u) >> 4);
+  const IntVector subnormal = rest < 0x800000;  // all ones where it is one
+  // A subnormal is taken as if it had the smallest exponent, less what that adds, 2^-6.
+  const IntVector biased = rest + (120 << 23) + (subnormal & (1 << 23));
+  const FloatVector extra = reinterpret_cast<FloatVector>(subnormal & 0x3c800000);
+  const FloatVector size = reinterpret_cast<FloatVector>(biased) - extra;
+  const IntVector bits = reinterpret_cast<IntVector>(size);
+  const IntVector known = rest == 0x7f00000 ? IntVector{} + 0x7fc00000 : bits;
+  return reinterpret_cast<FloatVector>(reinterpret_cast<BitsVector>(known) | (top & 0x80000000u));
+}
+
+// from_acc<float8_e4m3_t> of each lane, in its lowest byte.
+MERGEME_INLINE BitsVector encode_e4m3(FloatVector x) {
+  constexpr int32_t kMax = 0x43e00000, kInfinite = 0x7f800000;  // 448
+  const BitsVector bits = reinterpret_cast<BitsVector>(x), sign = (bits >> 24) & 0x80u;
+  const IntVector all = reinterpret_cast<IntVector>(bits & 0x7fffffffu);
+  const IntVector a = all > kMax ? IntVector{} + kMax : all;
+  const IntVector normal = (a + 0x7ffff + ((a >> 20) & 1) - (120 << 23)) >> 20;
+  const FloatVector shifted = reinterpret_cast<FloatVector>(a) + 16384.f;  // rounds at 2^-9
+  const IntVector subnormal = reinterpret_cast<IntVector>(shifted) - 0x46800000;
+  const IntVector number = a < 0x3c800000 ? subnormal : normal;
+  const IntVector known = all >= kInfinite ? IntVector{} + 0x7f : number;
+  return reinterpret_cast<BitsVector>(known) | sign;
+}
+
+MERGEME_INLINE FloatVector load(const float8_e4m3_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const BitsVector lanes = reinterpret_cast<BitsVector>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+#else
+  ByteVector bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  const BitsVector lanes = __builtin_convertvector(bytes, BitsVector);
+#endif
+  return decode_e4m3(lanes << 24);
+}
+
+MERGEME_INLINE void store(float8_e4m3_t* p, FloatVector v) {
+  const ByteVector bytes = __builtin_convertvector(encode_e4m3(v), ByteVector);
+  memcpy(p, &bytes, sizeof bytes);
+}
+
+// ---- parts of vectors
 
 // The same for the first `count` elements only; lanes beyond them load as zero.
 template <typename T>

@@ -71,6 +71,15 @@ struct PanelTask {
   DType dtype = DType::kFloat32;
 };
 
+// A product of e4m3 operands: for each block of 128 steps of the depth its sum, in float32, times
+// the row's and the column's scale of that block.
+struct ScaledTask {
+  PanelTask product;  // a: bfloat16 that holds e4m3 numbers; b: e4m3, its rows along the depth
+  Operand a_scale;    // float32 rows [blocks of the depth], found as a's rows are
+  const float* b_scale = nullptr;  // the group's, [blocks of rows, blocks of the depth]
+  int64_t up_scale = 0;            // gated: the block of rows where those of up begin
+};
+
 // Bytes of scratch for tasks of at most `rows` rows, whatever the element type and instruction set.
 inline int64_t panel_scratch_bytes(int64_t rows, int64_t depth, int64_t acc_bytes) {
   const int64_t lanes = rows * 4 / 3 + kMostRowStride;  // 16 for 14 rows, or 8 for 6
@@ -78,6 +87,12 @@ inline int64_t panel_scratch_bytes(int64_t rows, int64_t depth, int64_t acc_byte
   return acc_bytes * (lanes * (depth + kPackedDepth) + (rows + kMostRowStride) * columns +
                       columns * kPanelDepth) +
          4 * kMaxVectorBytes;
+}
+// The same for scaled tasks: a pointer to each row's scales, and one block's sums.
+inline int64_t scaled_scratch_bytes(int64_t rows, int64_t depth) {
+  constexpr int64_t kMostRows = 32;  // of a block
+  return panel_scratch_bytes(rows, depth, 4) + (rows + kMostRows) * int64_t{sizeof(float*)} +
+         kMostRows * kPanelColumns * int64_t{sizeof(float)};
 }
 
 }  // namespace mergeme

@@ -111,5 +111,10 @@ inline int64_t scratch_for(const std::vector<PlannedTask>& tasks, int64_t depth,
   for (const PlannedTask& task : tasks) rows = std::max(rows, task.rows);
   return panel_scratch_bytes(rows, depth, like.scalar_type() == at::kDouble ? 8 : 4);
 }
+inline int64_t scaled_scratch_for(const std::vector<PlannedTask>& tasks, int64_t depth) {
+  int64_t rows = 0;
+  for (const PlannedTask& task : tasks) rows = std::max(rows, task.rows);
+  return scaled_scratch_bytes(rows, depth);
+}
 
 }  // namespace mergeme

@@ -129,9 +129,10 @@ MERGEME_HD void locate(int number, int row_tiles, int column_tiles, int& row, in
 // block. The kernel may be launched with `overlaps` if it touches no global memory before.
 template <typename Run>
 __device__ __forceinline__ void for_each_row_tile(const GroupTile* plan, const TileGrid& grid,
-                                                  int height, int width, Run run) {
+                                                  int height, int width, Run run,
+                                                  int block = blockIdx.x, int blocks = gridDim.x) {
   simt::begin_overlapped();
-  for (int number = blockIdx.x; number < plan[0].first * grid.column_tiles; number += gridDim.x) {
+  for (int number = block; number < plan[0].first * grid.column_tiles; number += blocks) {
     const GroupTile t = plan[1 + number / grid.column_tiles];
     int row, column;
     locate(number - t.first * grid.column_tiles, (t.end - t.begin + height - 1) / height,

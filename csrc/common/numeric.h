@@ -23,6 +23,12 @@ struct float16_t {
 struct bfloat16_t {
   uint16_t bits;
 };
+// Sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinities, NaN where all seven are set. An
+// operand with scales beside it, never an element type on its own: DType does not name it.
+struct float8_e4m3_t {
+  uint8_t bits;
+};
+inline constexpr float kMaxFloat8 = 448;
 
 MERGEME_HD uint32_t bits_of(float x) {
   uint32_t u;
@@ -73,6 +79,14 @@ MERGEME_HD float to_acc(float16_t x) {
 #endif
 }
 
+MERGEME_HD float to_acc(float8_e4m3_t x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80u) << 24, rest = uint32_t(x.bits & 0x7fu) << 20;
+  if (rest == 0x7f00000u) return float_of(sign | 0x7fc00000u);
+  if (rest < 0x800000u)  // subnormal: as if it had the smallest exponent, less what that adds
+    return float_of(sign | bits_of(float_of(rest + (121u << 23)) - 0.015625f));  // 2^-6
+  return float_of(sign | (rest + (120u << 23)));
+}
+
 template <typename T>
 MERGEME_HD T from_acc(acc_t<T> x);
 template <>
@@ -103,6 +117,18 @@ MERGEME_HD float16_t from_acc<float16_t>(float x) {
   }
   return {uint16_t(sign | ((a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13))};
 #endif
+}
+
+// Ties to even; beyond 448, the largest, it is 448; infinities, which e4m3 lacks, become NaN too.
+template <>
+MERGEME_HD float8_e4m3_t from_acc<float8_e4m3_t>(float x) {
+  const uint32_t u = bits_of(x), sign = (u >> 24) & 0x80u;
+  uint32_t a = u & 0x7fffffffu;
+  if (a >= 0x7f800000u) return {uint8_t(sign | 0x7fu)};
+  if (a > 0x43e00000u) a = 0x43e00000u;  // 448
+  if (a < 0x3c800000u)                   // subnormal: add 2^14 so the FPU rounds at 2^-9
+    return {uint8_t(sign | (bits_of(float_of(a) + 16384.f) - 0x46800000u))};
+  return {uint8_t(sign | ((a + 0x7ffffu + ((a >> 20) & 1u) - (120u << 23)) >> 20))};
 }
 
 // Calls fn.template operator()<T>() for the element type named by `dtype`.

@@ -45,6 +45,8 @@ inline const char* name_of(at::ScalarType s) {
       return "float32";
     case at::kDouble:
       return "float64";
+    case at::kFloat8_e4m3fn:
+      return "float8_e4m3fn";
     case at::kInt:
       return "int32";
     case at::kLong:

@@ -1,4 +1,4 @@
-"""The tensor-core kernels on the host shim: all heights of tiles, dropped rows, both directions."""
+"""The tensor-core kernels without a GPU: all heights of tiles, dropped rows, both directions."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from mergeme_ext import _simt
 from python_tests.ops import test_grouped_experts as experts
 from python_tests.ops import test_grouped_matmul as matmul
-from python_tests.support.backends import SCHEDULES, SIMT
+from python_tests.support.backends import EMULATED, SCHEDULES, SIMT
 from python_tests.support.tolerance import assert_as_good_as_eager
 
 # Rows of each expert by the height of the tile that they get (room for twice their average): some
@@ -22,15 +22,16 @@ def without_tail(offsets, rows):
     return offsets.clamp(max=int(offsets[-1]) - rows)
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("height", HEIGHTS)
 @pytest.mark.parametrize("layout", ["nt", "nn"])
-def test_products_of_every_height(layout, height, dtype):
+def test_products_of_every_height(backend, layout, height, dtype):
     inner, outer = 136, 152  # more than two stages, a tile and a part of one
     a, b, offsets = matmul.make(layout, HEIGHTS[height], inner, outer, dtype)
     a[-2:] = float("nan")
     args = (a, b, without_tail(offsets, 2))
-    out = matmul.op(SIMT, layout)(*args)
+    out = matmul.op(backend, layout)(*args)
     assert (out[-2:] == 0).all()
     matmul.check(out[:-2], layout, (a[:-2], b, args[2]))
 
@@ -44,21 +45,25 @@ def test_products_do_not_depend_on_thread_order(schedule, layout):
         assert torch.equal(matmul.op(SIMT, layout)(*args), expected)
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("layout", ["nt", "nn"])
-def test_heights_change_no_bit(layout):
+def test_heights_change_no_bit(backend, layout):
     """The products of a row are summed in one order, whatever the tile around it."""
     a, b, _ = matmul.make(layout, [150], 136, 72, torch.bfloat16)
-    rows = {n: matmul.op(SIMT, layout)(a[:n], b, torch.tensor([0, n]).int()) for n in (7, 16, 30)}
-    rows[150] = matmul.op(SIMT, layout)(a, b, torch.tensor([0, 150]).int())
+    rows = {
+        n: matmul.op(backend, layout)(a[:n], b, torch.tensor([0, n]).int()) for n in (7, 16, 30)
+    }
+    rows[150] = matmul.op(backend, layout)(a, b, torch.tensor([0, 150]).int())
     for n, out in rows.items():
         assert torch.equal(out, rows[150][:n])
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_more_experts_than_threads_plan_at_once(dtype):
+def test_more_experts_than_threads_plan_at_once(backend, dtype):
     counts = [(7 * e) % 3 for e in range(300)]
     args = matmul.make("nt", counts, 8, 8, dtype)
-    matmul.check(matmul.op(SIMT, "nt")(*args), "nt", args)
+    matmul.check(matmul.op(backend, "nt")(*args), "nt", args)
 
 
 @pytest.fixture
@@ -120,12 +125,14 @@ def expert_case(height, dtype, dropped=2):
     return (*args[:4], without_tail(args[4], dropped), *args[5:])
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("height", HEIGHTS)
-def test_experts_of_every_height(height, dtype):
+def test_experts_of_every_height(backend, height, dtype):
     args = expert_case(height, dtype)
     exact = gradients(experts.eager, [t.double() for t in args[:4]] + list(args[4:]), dtype)
-    ours, theirs = (gradients(f, args, dtype) for f in (partial(experts.run, SIMT), experts.eager))
+    run = partial(experts.run, backend)
+    ours, theirs = (gradients(f, args, dtype) for f in (run, experts.eager))
     for mine, right, other in zip(ours, exact, theirs, strict=True):
         assert_as_good_as_eager(mine, right, other)
 
@@ -140,32 +147,34 @@ def test_experts_do_not_depend_on_thread_order(schedule, dtype):
     assert all(map(torch.equal, got, expected))
 
 
-def direct(args, grad, saved, mask, activation="silu"):
-    op = SIMT.op("grouped_experts_backward")
+def direct(backend, args, grad, saved, mask, activation="silu"):
+    op = backend.op("grouped_experts_backward")
     return op(grad, *args, saved, activation=activation, output_mask=mask)
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_gradient_alone_is_the_same(dtype):
+def test_every_gradient_alone_is_the_same(backend, dtype):
     args = experts.make([13, 0, 30, 5], 2, 40, 24, dtype)
     args = (*args[:4], without_tail(args[4], 3), *args[5:])
     grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    _, saved = SIMT.op("grouped_experts")(*args, save=True)
-    every = direct(args, grad, saved, [True] * 4)
+    _, saved = backend.op("grouped_experts")(*args, save=True)
+    every = direct(backend, args, grad, saved, [True] * 4)
     for i in range(4):
-        alone = direct(args, grad, saved, [i == j for j in range(4)])
+        alone = direct(backend, args, grad, saved, [i == j for j in range(4)])
         assert torch.equal(alone[i], every[i])
         assert all(alone[j].numel() == 0 for j in range(4) if j != i)
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_saved_products_and_activations(activation, dtype):
+def test_saved_products_and_activations(backend, activation, dtype):
     args = experts.make([13, 0, 30, 5], 2, 40, 24, dtype)
     x, gate_up, _, _, offsets, permutation, _ = args
     args = (*args[:4], without_tail(offsets, 3), *args[5:])
-    out, saved = SIMT.op("grouped_experts")(*args, activation=activation, save=True)
-    plain, empty = SIMT.op("grouped_experts")(*args, activation=activation)
+    out, saved = backend.op("grouped_experts")(*args, activation=activation, save=True)
+    plain, empty = backend.op("grouped_experts")(*args, activation=activation)
     assert torch.equal(out, plain) and empty.shape == (0, 48)
     assert (saved[-3:] == 0).all()
     products = matmul.references.grouped_matmul_nt(x[permutation.long() // 2], gate_up, args[4])
@@ -174,18 +183,19 @@ def test_saved_products_and_activations(activation, dtype):
     torch.testing.assert_close(out.double(), right, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("height", [16, 128])
-def test_activations_on_tensor_cores(height, activation):
+def test_activations_on_tensor_cores(backend, height, activation):
     """Against the portable kernels in float64, on the same bfloat16 values."""
     args = expert_case(height, torch.bfloat16)
     wide = (*(t.double() for t in args[:4]), *args[4:])
     grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
-    op = partial(SIMT.op("grouped_experts"), activation=activation, save=True)
+    op = partial(backend.op("grouped_experts"), activation=activation, save=True)
     (out, saved), (exact_out, _) = op(*args), op(*wide)
     eps = torch.finfo(torch.bfloat16).eps
-    got = direct(args, grad, saved, [True] * 4, activation)
-    exact = direct(wide, grad.double(), saved.double(), [True] * 4, activation)
+    got = direct(backend, args, grad, saved, [True] * 4, activation)
+    exact = direct(backend, wide, grad.double(), saved.double(), [True] * 4, activation)
     for ours, right in zip((out, *got), (exact_out, *exact), strict=True):
         # At most four roundings to bfloat16 lie between inputs and result, each of half an eps.
         assert (ours.double() - right).norm() <= 2 * eps * right.norm()

@@ -10,7 +10,7 @@ from python_tests.references.drop_by_rank import drop_by_rank as reference
 from python_tests.references.drop_by_rank import probabilities, ranks
 from python_tests.references.magnitude_threshold import task_vector
 from python_tests.references.philox import uniforms
-from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
+from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT, backends_with_errors
 from python_tests.support.merge_inputs import DTYPES, misaligned, models, toy, transposed
 
 OP = "drop_by_rank"
@@ -181,7 +181,7 @@ def test_rejects_long_rows(backend):
         run(backend, base, [base], selection_for(1))
 
 
-@pytest.mark.parametrize("backend, error", [(CPU, ValueError), (SIMT, RuntimeError)])
+@pytest.mark.parametrize("backend, error", backends_with_errors(ValueError))
 @pytest.mark.parametrize("probability", [-0.1, 1.5, math.nan])
 @pytest.mark.parametrize("column", [0, 1])
 def test_rejects_probability_out_of_range(backend, error, probability, column):

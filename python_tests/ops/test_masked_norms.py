@@ -10,7 +10,7 @@ from python_tests.references.magnitude_threshold import kept as kept_by_cut
 from python_tests.references.magnitude_threshold import task_vector
 from python_tests.references.masked_norms import masked_norms as reference
 from python_tests.references.philox import keeps
-from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
+from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT, backends_with_errors
 from python_tests.support.merge_inputs import (
     DTYPES,
     TOY_KEY,
@@ -128,7 +128,7 @@ def test_rejects_bad_input(backend, spoil, error, message):
         run(backend, **arguments)
 
 
-@pytest.mark.parametrize("backend, error", [(CPU, ValueError), (SIMT, RuntimeError)])
+@pytest.mark.parametrize("backend, error", backends_with_errors(ValueError))
 @pytest.mark.parametrize("probability", [-0.1, 1.5, math.nan])
 def test_rejects_probability_out_of_range(backend, error, probability):
     base, tensors = models((3, 4), torch.float32, 2)

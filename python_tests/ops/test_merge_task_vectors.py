@@ -9,7 +9,7 @@ import mergeme_ext
 from python_tests.references.magnitude_threshold import kept as kept_by_cut
 from python_tests.references.merge_task_vectors import merge_task_vectors as reference
 from python_tests.references.philox import keeps, philox, uniforms
-from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
+from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT, backends_with_errors
 from python_tests.support.merge_digest import digest, digests_of_other_sets
 from python_tests.support.merge_inputs import (
     DTYPES,
@@ -301,7 +301,7 @@ def test_rejects_bad_input(backend, name, spoil, error, message):
         backend.op(OP)(**inputs)
 
 
-@pytest.mark.parametrize("backend, error", [(CPU, ValueError), (SIMT, RuntimeError)])
+@pytest.mark.parametrize("backend, error", backends_with_errors(ValueError))
 @pytest.mark.parametrize("probability", [-0.1, 1.5, math.nan])
 def test_rejects_probability_out_of_range(backend, error, probability):
     base, tensors = models((3, 4), torch.float32, 2)

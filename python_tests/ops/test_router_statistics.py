@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from python_tests.references.router_statistics import router_statistics as reference
-from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
+from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT, backends_with_errors
 from python_tests.support.tolerance import assert_as_good_as_eager, assert_within_rounding
 
 OP = "router_statistics"
@@ -193,7 +193,7 @@ def test_backward_rejects_bad_input(backend, name, spoil, error, message):
         backend.op(BACKWARD)(**args)
 
 
-@pytest.mark.parametrize("backend, error", [(CPU, IndexError), (SIMT, RuntimeError)])
+@pytest.mark.parametrize("backend, error", backends_with_errors(IndexError))
 @pytest.mark.parametrize("bad", [-1, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rejects_id_out_of_range(backend, error, bad, masked):

@@ -23,6 +23,7 @@ for module in pkgutil.iter_modules(mergeme_ext.ops.__path__):
 class Backend:
     def __init__(self, name, namespace, device):
         self.name, self.namespace, self.device = name, namespace, device
+        self.emulated = namespace != "mergeme"  # slow: fit for small cases only
 
     def op(self, op):
         return getattr(getattr(torch.ops, self.namespace), op).default
@@ -48,10 +49,10 @@ def _ptx(backend, *values):
 
 
 PTX_BACKENDS = [_ptx(PTX80), _ptx(PTX90)]
+EMULATED = [pytest.param(SIMT, id="simt"), *PTX_BACKENDS]
+NO_GPU = [pytest.param(CPU, id="cpu"), *EMULATED]
 BACKENDS = [
-    pytest.param(CPU, id="cpu"),
-    pytest.param(SIMT, id="simt"),
-    *PTX_BACKENDS,
+    *NO_GPU,
     pytest.param(
         CUDA,
         id="cuda",

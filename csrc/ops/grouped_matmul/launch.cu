@@ -1,4 +1,4 @@
-#include "csrc/ops/grouped_matmul/kernel_sm80.cuh"
+#include "csrc/ops/grouped_matmul/kernel_sm90.cuh"
 
 namespace mergeme::grouped_matmul {
 namespace {
@@ -47,9 +47,42 @@ void launch_sm80(const Params& p, void* stream) {
       with_grid(p, kRows, grouped::sm80::kColumns));
 }
 
+template <typename T, Layout kLayout, typename Shape>
+void launch_sm90(const Params& p, void* stream) {
+  using grouped::sm90::map_of;
+  using simt::Run;
+  plan(p, Shape::kHeight, stream);
+  const char* name = "grouped_matmul (sm_90)";
+  constexpr Run kRunA = kLayout == Layout::kTn ? Run::kAcross : Run::kDepth;
+  constexpr Run kRunB = kLayout == Layout::kNt ? Run::kDepth : Run::kAcross;
+  const int64_t matrices = kLayout == Layout::kTn ? 1 : p.num_experts;
+  const int64_t rows = kLayout == Layout::kNt   ? p.out_columns
+                       : kLayout == Layout::kNn ? p.a_columns
+                                                : p.num_tokens;
+  const int64_t columns = kLayout == Layout::kNt ? p.a_columns : p.out_columns;
+  grouped::launch_tiles<grouped_matmul_sm90_kernel<T, kLayout, Shape>>(
+      name, grouped::sm90::config<Shape>(stream),
+      grouped::sm90::WithMaps<Params>{
+          with_grid(p, Shape::kHeight, Shape::kColumns),
+          map_of<T>(name, p.a, 1, p.num_tokens, p.a_columns, kRunA, Shape::kRows),
+          map_of<T>(name, p.b, matrices, rows, columns, kRunB, Shape::kColumns / Shape::kCluster)});
+}
+
 template <typename T, Layout kLayout>
 void launch_layout(const Params& p, void* stream) {
   if constexpr (sizeof(T) == 2) {
+    if (simt::has_wgmma() && fits_sm90(p)) {
+      const auto launch_shape = [&]<typename Shape>() {
+        launch_sm90<T, kLayout, Shape>(p, stream);
+      };
+      if constexpr (kLayout == Layout::kTn)
+        return grouped::sm90::dispatch_depth(p.num_tokens / p.num_experts, launch_shape);
+      else if (grouped::sm90::has_enough_rows(p.num_tokens, p.num_experts))
+        return grouped::sm90::dispatch_height(
+            p.num_tokens, p.num_experts, p.a_columns, [&]<int kHeight>() {
+              grouped::sm90::dispatch_shape<kHeight>(p.a_columns, launch_shape);
+            });
+    }
     if (simt::compute_capability() >= 80 && fits_sm80(p)) {
       if constexpr (kLayout == Layout::kTn)
         return launch_sm80<T, kLayout, 128>(p, stream);
@@ -83,8 +116,9 @@ bool torch_is_faster(const Params& p) {
   if (simt::host::run_elsewhere) return false;  // the interpreter is there for these kernels
 #endif
   const int capability = simt::compute_capability();
-  return (capability == 90 || capability == 100) && p.dtype == DType::kBFloat16 && fits_sm80(p) &&
-         p.num_tokens > 0 && p.a_columns > 0 && p.out_columns > 0 && p.out_columns % 8 == 0;
+  return ((capability == 90 && !simt::has_wgmma()) || capability == 100) &&
+         p.dtype == DType::kBFloat16 && fits_sm80(p) && p.num_tokens > 0 && p.a_columns > 0 &&
+         p.out_columns > 0 && p.out_columns % 8 == 0;
 }
 
 void launch_check(const Params& p, void* stream) {

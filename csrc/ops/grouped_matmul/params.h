@@ -25,9 +25,9 @@ struct Params {
 void launch(const Params& params, void* stream);
 
 // Whether torch's own grouped product is faster here and takes these operands: bfloat16 on compute
-// capability 9.0 and 10.0, where it has kernels that do not wait for the host. Around it,
-// launch_check() comes first and looks at expert_offsets, and launch_zeros() last: it writes the
-// zeros of rows of no expert and of experts without rows.
+// capability 9.0 and 10.0, where it has kernels that do not wait for the host, unless the library
+// has its own for 9.0. Around it, launch_check() comes first and looks at expert_offsets, and
+// launch_zeros() last: it writes the zeros of rows of no expert and of experts without rows.
 bool torch_is_faster(const Params& params);
 void launch_check(const Params& params, void* stream);
 void launch_zeros(const Params& params, void* stream);

@@ -25,6 +25,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // __shared__ is left undefined on purpose: kernels use simt::dynamic_shared<T>().
 
 struct uint3 {
