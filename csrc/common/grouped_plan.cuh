@@ -21,8 +21,8 @@ struct PlanParams {
 
 inline constexpr int kPlanThreads = 128;
 
-// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all. A barrier
-// must come before the next call.
+// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all. A
+// barrier must come before the next call.
 __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, int32_t& total) {
   const int lane = simt::lane_id(), warp = simt::warp_id();
   constexpr int kWarps = kPlanThreads / 32;
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
       const GroupTile tile{static_cast<int32_t>(g0 + g), begins[g], ends[g], firsts[g]};
       const auto tiles = static_cast<int32_t>(ceil_div(tile.end - tile.begin, p.height));
       for (int32_t i = simt::lane_id(); i < tiles; i += 32) p.plan[1 + tile.first + i] = tile;
-    }
-    __syncthreads();  // all have read
+    }  // the next scan has a barrier before these are overwritten
   }
   if (p.plan != nullptr && threadIdx.x == 0) p.plan[0].first = before;
 }

@@ -6,6 +6,8 @@ the last tiles, stages and rows are partial. Where work is dealt out by a grid o
 is made small.
 """
 
+from dataclasses import replace
+
 import torch
 
 import mergeme_ext
@@ -17,6 +19,9 @@ from python_tests.ptx.mutation import Call
 
 # Rows of each expert by the height of the tile that they get, see python_tests/cuda/test_tiles.py.
 HEIGHTS = {16: [3, 0, 17, 2], 32: [9, 33, 0, 18], 64: [60, 0, 27, 5], 128: [130, 0, 77, 1]}
+
+
+MANY = [1, 0, 3] * 100  # more experts than the plan takes at once
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -43,7 +48,7 @@ def products():
     yield product("tn", [170, 0, 0, 9], 136, 72, bf16)
     for layout in ("nt", "nn", "tn"):
         yield product(layout, [70, 0, 30], 40, 72, f32)
-    yield product("nt", [1, 0, 2] * 100, 8, 8, f32)  # more experts than the plan takes at once
+    yield replace(product("nt", MANY, 8, 8, f32), kernel="plan_kernel")
 
 
 def expert_calls(counts, hidden, intermediate, dtype):
@@ -64,6 +69,7 @@ def all_experts():
     yield from expert_calls(HEIGHTS[16], 456, 200, torch.bfloat16)
     yield from expert_calls(HEIGHTS[128], 168, 136, torch.bfloat16)
     yield from expert_calls([40, 0, 17, 3], 24, 136, torch.float32)
+    yield replace(next(expert_calls(MANY, 8, 8, torch.float32)), kernel="plan_kernel")
 
 
 def sorts():
