@@ -1,9 +1,10 @@
 # make demo   two fine-tuned experts, merged in every way, compared in one table
 # make test   the whole test suite; the CUDA sources run on the host shim, no GPU needed
-# Both make .venv first, install what they need there and build the extension in the source tree.
+# make test-gpu, bench-gpu   the tests and the benches on this machine's GPU (needs driver and nvcc)
+# All make .venv first, install what they need there and build the extension in the source tree.
 #
 # Variables: PYTHON (python3), TORCH (torch==2.13.0; a requirement or a wheel's path),
-# PIP_INSTALL_ARGS, PYTEST_ARGS, DEMO_ARGS, WORKERS (2), and the switches at the top of setup.py.
+# PIP_INSTALL_ARGS, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, WORKERS (2), and the switches at the top of setup.py.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -23,7 +24,7 @@ BUILT_SIMT := $(VENV)/.built-simt-$(SWITCHES)
 # Busy-waiting OpenMP threads make torch many times slower when anything else runs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-mutations lint format build sanitize wheel-check clean
+.PHONY: demo test test-mutations test-gpu bench-gpu lint format build sanitize wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT) $(VENV)/.demo
@@ -31,6 +32,32 @@ demo: $(BUILT) $(VENV)/.demo
 
 test: $(BUILT_SIMT) $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+# With a GPU: refused without one, before anything is installed; then everything is built for it.
+# Both start make again, with the architecture among the build's switches.
+test-gpu bench-gpu:
+	@$(PYTHON) -m benchmarks.gpu_machine
+	$(MAKE) .$@ MERGEME_CUDA=1 TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -m benchmarks.gpu_machine --architectures)"
+
+# All tests, those on the GPU among them; then the ops' small ones under compute-sanitizer's tools.
+.PHONY: .test-gpu .bench-gpu
+.test-gpu .bench-gpu: export MERGEME_CUDA TORCH_CUDA_ARCH_LIST
+.test-gpu: $(BUILT_SIMT) $(VENV)/.test
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make: torch has no CUDA, or its driver is too old; say TORCH=...")'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo "make: no compute-sanitizer on the PATH (it is in the CUDA toolkit); left out"; exit 0; }; \
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(BIN)/python -m pytest -q -m "gpu and not slow" -k matches_reference python_tests/ops || exit 1; \
+	done
+
+.bench-gpu: $(BUILT) $(VENV)/.test
+	$(BIN)/python -m benchmarks.bench_experts_gpu --jsonl experts_gpu.jsonl $(BENCH_ARGS)
+	for op in grouped_matmul grouped_experts topk_gating sort_by_expert merge_task_vectors; do \
+	  $(BIN)/python -m benchmarks.bench_$$op --device cuda || exit 1; \
+	done
 
 # Kernels with one barrier, wait or fence less: each is noticed, or explained. Some minutes.
 test-mutations: $(BUILT_SIMT) $(VENV)/.test

@@ -154,7 +154,7 @@ class TorchGroupedMM(_Differentiable):
         gate, up = h.chunk(2, dim=-1)
         y = grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
         inverse = torch.empty_like(slot)
-        inverse[slot] = torch.arange(slot.numel())
+        inverse[slot] = torch.arange(slot.numel(), device=slot.device)
         by_slot = y[inverse].view(*ids.shape, -1)
         return (by_slot * mix[..., None]).sum(1).to(x.dtype)
 
