@@ -21,7 +21,8 @@ struct PlanParams {
 
 inline constexpr int kPlanThreads = 128;
 
-// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all.
+// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all. A
+// barrier must come before the next call.
 __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, int32_t& total) {
   const int lane = simt::lane_id(), warp = simt::warp_id();
   constexpr int kWarps = kPlanThreads / 32;
@@ -29,7 +30,6 @@ __device__ __forceinline__ int32_t scan_block(int32_t* shared, int32_t value, in
     const int32_t other = __shfl_up_sync(simt::kFullWarp, value, distance);
     if (lane >= distance) value += other;
   }
-  __syncthreads();  // shared may still be read from last time
   if (lane == 31) shared[warp] = value;
   __syncthreads();
   total = 0;
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(PlanParams p) {
       const GroupTile tile{static_cast<int32_t>(g0 + g), begins[g], ends[g], firsts[g]};
       const auto tiles = static_cast<int32_t>(ceil_div(tile.end - tile.begin, p.height));
       for (int32_t i = simt::lane_id(); i < tiles; i += 32) p.plan[1 + tile.first + i] = tile;
-    }
-    __syncthreads();  // all have read
+    }  // the next scan has a barrier before these are overwritten
   }
   if (p.plan != nullptr && threadIdx.x == 0) p.plan[0].first = before;
 }
@@ -130,9 +129,10 @@ MERGEME_HD void locate(int number, int row_tiles, int column_tiles, int& row, in
 // block. The kernel may be launched with `overlaps` if it touches no global memory before.
 template <typename Run>
 __device__ __forceinline__ void for_each_row_tile(const GroupTile* plan, const TileGrid& grid,
-                                                  int height, int width, Run run) {
+                                                  int height, int width, Run run,
+                                                  int block = blockIdx.x, int blocks = gridDim.x) {
   simt::begin_overlapped();
-  for (int number = blockIdx.x; number < plan[0].first * grid.column_tiles; number += gridDim.x) {
+  for (int number = block; number < plan[0].first * grid.column_tiles; number += blocks) {
     const GroupTile t = plan[1 + number / grid.column_tiles];
     int row, column;
     locate(number - t.first * grid.column_tiles, (t.end - t.begin + height - 1) / height,

@@ -29,11 +29,15 @@ inline constexpr int64_t kMaxSide = 2147483647 - 512;
 
 // Two math warpgroups share a tile, or (kGroups 1) each has its own and one stores while the other
 // multiplies. A math warpgroup has kBlocks times 64 rows of its tile, and 128 sums in each thread.
-template <int kRowsOfTile, int kColumnsOfTile, int kGroupsOfTile>
+// Blocks of a cluster have tiles one below the other, and each brings its part of the right operand
+// to all of them.
+template <int kRowsOfTile, int kColumnsOfTile, int kGroupsOfTile, int kClusterBlocks = 1>
 struct Shape {
   static constexpr int kRows = kRowsOfTile;
   static constexpr int kColumns = kColumnsOfTile;
   static constexpr int kGroups = kGroupsOfTile;
+  static constexpr int kCluster = kClusterBlocks;
+  static constexpr int kHeight = kRows * kCluster;  // of the tiles that are planned
   static constexpr int kBlocks = kRows / kGroups / 64;
   static constexpr int kLeftBytes = kRows * kLineBytes;
   static constexpr int kStageBytes = kLeftBytes + kColumns * kLineBytes;
@@ -49,6 +53,7 @@ struct Shape {
 using Shared = Shape<128, 256, 2>;  // for long reductions: the least traffic
 using Turns = Shape<128, 128, 1>;   // for short ones, whose results would keep tensor cores waiting
 using Low = Shape<64, 256, 1>;      // for experts with few rows
+using Pair = Shape<128, 256, 2, 2>;  // for those of experts with many rows: still less traffic
 inline constexpr int64_t kShortDepth = 1024;
 
 // Experts with so few rows on average are bound by reading the weights, and the tiles of 16 and 32
@@ -63,20 +68,26 @@ void dispatch_depth(int64_t depth, F&& fn) {
   if (depth <= kShortDepth) return fn.template operator()<Turns>();
   fn.template operator()<Shared>();
 }
-// The same for tiles of kRows planned rows.
-template <int kRows, typename F>
+// The same for planned tiles of kHeight rows.
+template <int kHeight, typename F>
 void dispatch_shape(int64_t depth, F&& fn) {
-  if constexpr (kRows == Low::kRows)
+  if constexpr (kHeight == Low::kHeight)
     fn.template operator()<Low>();
+  else if constexpr (kHeight == Pair::kHeight)
+    fn.template operator()<Pair>();
   else
     dispatch_depth(depth, fn);
 }
 
-// Calls fn.template operator()<kRows>() with room for twice the average number of an expert's rows.
+// Calls fn.template operator()<kHeight>() with the height of planned tiles: room for twice the
+// average number of an expert's rows, or where that fills pairs of tiles and `depth`, the shortest
+// reduction, is long, pairs.
 template <typename F>
-void dispatch_height(int64_t rows, int64_t num_experts, F&& fn) {
-  if (2 * rows <= Low::kRows * num_experts) return fn.template operator()<Low::kRows>();
-  fn.template operator()<Shared::kRows>();
+void dispatch_height(int64_t rows, int64_t num_experts, int64_t depth, F&& fn) {
+  if (2 * rows <= Low::kHeight * num_experts) return fn.template operator()<Low::kHeight>();
+  if (rows >= Pair::kHeight * num_experts && depth > kShortDepth)
+    return fn.template operator()<Pair::kHeight>();
+  fn.template operator()<Shared::kHeight>();
 }
 
 // A kernel's Params with the maps of both operands; one that is gathered has none.
@@ -86,8 +97,12 @@ struct WithMaps : Params {
   simt::TensorMap b_map = {};
 };
 
-inline simt::LaunchConfig config(void* stream) {
-  return {.block = kThreads, .shared_bytes = kSharedBytes, .stream = stream};
+template <typename Shape>
+simt::LaunchConfig config(void* stream) {
+  return {.block = kThreads,
+          .shared_bytes = kSharedBytes,
+          .stream = stream,
+          .cluster = Shape::kCluster};
 }
 
 // The map of an operand's memory, [matrices, rows, columns], columns running fastest: boxes of
@@ -113,9 +128,25 @@ using simt::SharedAddress;
 // all threads of the warpgroup. If it runs on, a stage that the reduction fills in part holds what
 // follows in memory, and what multiplies must clear it.
 
-// kSide rows from `row` on of a matrix whose memory runs along the reduction. Past its end, and
-// past the end of rows, zeros.
-template <int kSide>
+// Begins the copy of an operand's boxes, to the block or in turns with the others of the cluster to
+// all of them.
+template <int kCluster>
+struct Boxes {
+  SharedAddress barrier;
+  uint32_t rank;
+
+  __device__ __forceinline__ void copy(uint32_t number, SharedAddress to,
+                                       const simt::TensorMap* map, int x, int y, int z) const {
+    if constexpr (kCluster == 1)
+      simt::copy_box(to, map, x, y, z, barrier);
+    else if (number % kCluster == rank)
+      simt::copy_box_to((1 << kCluster) - 1, to, map, x, y, z, barrier);
+  }
+};
+
+// kSide rows from `row` on of a matrix whose memory runs along the reduction, in kCount boxes. Past
+// its end, and past the end of rows, zeros.
+template <int kSide, int kCount = 1>
 struct Rows {
   static constexpr Run kRun = Run::kDepth;
   static constexpr int kBytes = kSide * kLineBytes;
@@ -123,8 +154,12 @@ struct Rows {
   const simt::TensorMap* map;
   int matrix, row;
 
-  __device__ __forceinline__ void copy(SharedAddress to, int step, SharedAddress barrier) const {
-    simt::copy_box(to, map, step * kDepth, row, matrix, barrier);
+  template <typename Boxes>
+  __device__ __forceinline__ void copy(SharedAddress to, int step, const Boxes& boxes) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      boxes.copy(i, to + i * (kBytes / kCount), map, step * kDepth, row + i * (kSide / kCount),
+                 matrix);
   }
 };
 
@@ -137,9 +172,10 @@ struct RowPairs {
   const simt::TensorMap* map;
   int matrix, row, other;
 
-  __device__ __forceinline__ void copy(SharedAddress to, int step, SharedAddress barrier) const {
-    simt::copy_box(to, map, step * kDepth, row, matrix, barrier);
-    simt::copy_box(to + kBytes / 2, map, step * kDepth, other, matrix, barrier);
+  template <typename Boxes>
+  __device__ __forceinline__ void copy(SharedAddress to, int step, const Boxes& boxes) const {
+    boxes.copy(0, to, map, step * kDepth, row, matrix);
+    boxes.copy(1, to + kBytes / 2, map, step * kDepth, other, matrix);
   }
 };
 
@@ -152,11 +188,11 @@ struct Steps {
   const simt::TensorMap* map;
   int matrix, begin, column;
 
-  __device__ __forceinline__ void copy(SharedAddress to, int step, SharedAddress barrier) const {
+  template <typename Boxes>
+  __device__ __forceinline__ void copy(SharedAddress to, int step, const Boxes& boxes) const {
 #pragma unroll
     for (int i = 0; i < kSide / 64; ++i)
-      simt::copy_box(to + i * kBlockBytes, map, column + 64 * i, begin + step * kDepth, matrix,
-                     barrier);
+      boxes.copy(i, to + i * kBlockBytes, map, column + 64 * i, begin + step * kDepth, matrix);
   }
 };
 
@@ -273,12 +309,15 @@ class Ring {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Shape::kStages; ++stage) {
         simt::mbarrier_init(barriers() + 8 * stage, arrivals);
-        simt::mbarrier_init(empty(stage), 4 * Shape::kGroups);
+        simt::mbarrier_init(empty(stage), 4 * Shape::kGroups * Shape::kCluster);
       }
       for (int group = 0; group < 2; ++group) simt::mbarrier_init(turn(group), 4);
       simt::fence_mbarrier_init();
     }
-    __syncthreads();
+    if constexpr (Shape::kCluster > 1)
+      simt::sync_cluster();
+    else
+      __syncthreads();
   }
 
   __device__ __forceinline__ char* patch(int warp) const {
@@ -303,6 +342,15 @@ class Ring {
   __device__ __forceinline__ void wait_full() const { simt::mbarrier_wait(full(), parity_); }
   __device__ __forceinline__ void wait_empty() const {
     simt::mbarrier_wait(empty(at_), parity_ ^ 1);  // the first time around at once
+  }
+  // Gives a stage back, to all blocks that bring something to it. By one warp.
+  __device__ __forceinline__ void release(int at) const {
+    const uint32_t lane = simt::lane_id();
+    if constexpr (Shape::kCluster == 1) {
+      if (lane == 0) simt::mbarrier_arrive(empty(at));
+    } else {
+      if (lane < Shape::kCluster) simt::mbarrier_arrive_at(empty(at), lane);
+    }
   }
   __device__ __forceinline__ void next() {
     if (++at_ == Shape::kStages) at_ = 0, parity_ ^= 1;
@@ -353,7 +401,6 @@ __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int 
       ring.address() + part_of_tile * (Shape::kBlocks * kBlockBytes), kBlockBytes);
   const uint64_t right =
       simt::operand_at<Right::kRun>(ring.address() + Shape::kLeftBytes, kBlockBytes);
-  const bool releases = threadIdx.x % 32 == 0;
   int previous = -1;
   const auto multiply_stage = [&] {
     if constexpr (Left::kGathered || Right::kGathered) simt::fence_async_proxy();
@@ -370,7 +417,7 @@ __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int 
     simt::wgmma_commit();
     // The tensor cores go on while the stage before is given back.
     simt::wgmma_wait<1>();
-    if (releases && previous >= 0) simt::mbarrier_arrive(ring.empty(previous));
+    if (previous >= 0) ring.release(previous);
     previous = ring.at();
     ring.next();
   };
@@ -393,11 +440,11 @@ __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int 
     simt::sync_threads(1 + group - part_of_tile, kSharing);
     multiply_stage();
   }
-  if (Shape::kGroups == 1 && releases) simt::mbarrier_arrive(ring.turn(group));
+  if (Shape::kGroups == 1 && simt::lane_id() == 0) simt::mbarrier_arrive(ring.turn(group));
   simt::wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < Shape::kBlocks; ++i) simt::pin(sums[i]);
-  if (releases && previous >= 0) simt::mbarrier_arrive(ring.empty(previous));
+  if (previous >= 0) ring.release(previous);
 }
 
 // A block's work. for_each(run) calls run(tile) for each of its tiles, the same for all threads;
@@ -420,27 +467,30 @@ __device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
   const int warpgroup = __shfl_sync(simt::kFullWarp, threadIdx.x / kGroupThreads, 0);
   if (warpgroup == 0) {
     simt::shrink_registers<kGathers ? 72 : 40>();
-    if (!kGathers && threadIdx.x > 0) return;
-    for_each([&](const Tile& tile) {
-      const int depth = depth_of(tile), steps = steps_of(depth);
-      if (steps == 0) return;
-      Operands operands = operands_of(tile, depth);
-      for (int step = 0; step < steps; ++step) {
-        ring.wait_empty();
-        if (kBytes > 0 && threadIdx.x == 0) {
-          const SharedAddress to = simt::shared_address(ring.stage());
-          simt::mbarrier_arrive_expect(ring.full(), kBytes);
-          if constexpr (!Left::kGathered) operands.left.copy(to, step, ring.full());
-          if constexpr (!Right::kGathered)
-            operands.right.copy(to + Shape::kLeftBytes, step, ring.full());
+    const uint32_t rank = Shape::kCluster > 1 ? simt::cluster_rank() : 0;
+    if (kGathers || threadIdx.x == 0) {
+      for_each([&](const Tile& tile) {
+        const int depth = depth_of(tile), steps = steps_of(depth);
+        if (steps == 0) return;
+        Operands operands = operands_of(tile, depth);
+        for (int step = 0; step < steps; ++step) {
+          ring.wait_empty();
+          if (kBytes > 0 && threadIdx.x == 0) {
+            const SharedAddress to = simt::shared_address(ring.stage());
+            simt::mbarrier_arrive_expect(ring.full(), kBytes);
+            if constexpr (!Left::kGathered) operands.left.copy(to, step, Boxes<1>{ring.full(), 0});
+            if constexpr (!Right::kGathered)
+              operands.right.copy(to + Shape::kLeftBytes, step,
+                                  Boxes<Shape::kCluster>{ring.full(), rank});
+          }
+          if constexpr (Left::kGathered) operands.left.gather(ring.stage(), step);
+          if constexpr (Right::kGathered)
+            operands.right.gather(ring.stage() + Shape::kLeftBytes, step);
+          if constexpr (kGathers) simt::mbarrier_arrive_copied(ring.full());
+          ring.next();
         }
-        if constexpr (Left::kGathered) operands.left.gather(ring.stage(), step);
-        if constexpr (Right::kGathered)
-          operands.right.gather(ring.stage() + Shape::kLeftBytes, step);
-        if constexpr (kGathers) simt::mbarrier_arrive_copied(ring.full());
-        ring.next();
-      }
-    });
+      });
+    }
   } else {
     simt::grow_registers<kGathers ? 216 : 232>();
     const int group = warpgroup - 1, warp = threadIdx.x / 32 - 4;
@@ -458,6 +508,8 @@ __device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
       finish(tile, sums, row, ring.patch(warp));
     });
   }
+  // Others may still give stages back to this block.
+  if constexpr (Shape::kCluster > 1) simt::sync_cluster();
 }
 
 // for_each_row_tile() and for_each_sum_tile() as run_block() takes them.
@@ -469,7 +521,19 @@ struct RowTiles {
   int width = Shape::kColumns;  // columns of results in a tile
   template <typename Run>
   __device__ __forceinline__ void operator()(Run run) const {
-    for_each_row_tile(plan, grid, Shape::kRows, width, run);
+    if constexpr (Shape::kCluster == 1) {
+      for_each_row_tile(plan, grid, Shape::kHeight, width, run);
+    } else {
+      // A block may find no rows in its part of a tile; it brings and multiplies like the others.
+      const int below = static_cast<int>(simt::cluster_rank()) * Shape::kRows;
+      for_each_row_tile(
+          plan, grid, Shape::kHeight, width,
+          [&](Tile tile) {
+            tile.row += below;
+            run(tile);
+          },
+          blockIdx.x / Shape::kCluster, gridDim.x / Shape::kCluster);
+    }
   }
 };
 template <typename Shape>
@@ -610,7 +674,8 @@ __device__ __forceinline__ void multiply_rows(const GroupTile* plan, const TileG
                                               const simt::TensorMap* a, const simt::TensorMap* b,
                                               Out* out, int k, int64_t n, int num_experts) {
   using Left = Rows<Shape::kRows>;
-  using Right = std::conditional_t<kNt, Rows<Shape::kColumns>, Steps<Shape::kColumns, false>>;
+  using Right = std::conditional_t<kNt, Rows<Shape::kColumns, Shape::kCluster>,
+                                   Steps<Shape::kColumns, false>>;
   run_block<T, Shape>(
       RowTiles<Shape>{plan, grid}, [&](const Tile& t) { return t.group < num_experts ? k : 0; },
       [&](const Tile& t, int) {

@@ -1,6 +1,5 @@
 #include "csrc/ptx/backend.h"
 
-#include <cxxabi.h>
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -25,7 +24,7 @@ void set_schedule(LaunchOptions& o, uint32_t seed) {
   o.resident = 1 + 2 * static_cast<int32_t>(seed % 3);
 }
 
-// Line by line: where each top-level .entry begins and ends, as offsets into the text.
+// Where a kernel begins and ends, as offsets into the text.
 struct Entry {
   std::string name;
   size_t begin, end;
@@ -89,9 +88,9 @@ std::string cut(std::string_view text, const std::vector<Entry>& entries, std::s
 }
 
 // One text, its kernels parsed when they are first launched.
-class Program {
+class PtxFile {
  public:
-  explicit Program(std::string text) : text_(std::move(text)), entries_(entries_of(text_)) {}
+  explicit PtxFile(std::string text) : text_(std::move(text)), entries_(entries_of(text_)) {}
   const std::string& text() const { return text_; }
   bool has(const std::string& kernel) const {
     return std::any_of(entries_.begin(), entries_.end(),
@@ -116,19 +115,12 @@ fs::path folder() {
   return fs::path(info.dli_fname).parent_path() / "_ptx";
 }
 
-std::string demangle(const std::string& name) {
-  int status = 0;
-  const std::unique_ptr<char, void (*)(void*)> text(
-      abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), std::free);
-  return status == 0 ? text.get() : name;
-}
-
 using Key = std::pair<std::string, std::string>;  // op, architecture
 
 // Everything that is kept between launches.
 struct Store {
   std::recursive_mutex mutex;
-  std::map<Key, std::unique_ptr<Program>> programs, overrides;
+  std::map<Key, std::unique_ptr<PtxFile>> programs, overrides;
   std::map<const void*, std::string> names;
   std::vector<Record> records;
 };
@@ -138,7 +130,7 @@ Store& store() {
 }
 
 // The op's program, or null if none was built.
-Program* find_program(const Key& key) {
+PtxFile* find_program(const Key& key) {
   Store& s = store();
   if (const auto found = s.overrides.find(key); found != s.overrides.end())
     return found->second.get();
@@ -148,7 +140,7 @@ Program* find_program(const Key& key) {
     if (!file) return nullptr;
     std::ostringstream text;
     text << file.rdbuf();
-    program = std::make_unique<Program>(std::move(text).str());
+    program = std::make_unique<PtxFile>(std::move(text).str());
   }
   return program.get();
 }
@@ -163,7 +155,7 @@ std::string folder_of(const std::string& op, const std::vector<std::string>& fol
 
 // The program with that kernel: the op's own if it has it, else that of an op whose launcher this
 // one calls.
-Program& program_with(const std::string& kernel, const std::string& op,
+PtxFile& program_with(const std::string& kernel, const std::string& op,
                       const std::string& architecture) {
   std::vector<std::string> order = built_ops(architecture);
   if (order.empty())
@@ -172,10 +164,10 @@ Program& program_with(const std::string& kernel, const std::string& op,
   const auto own = std::find(order.begin(), order.end(), folder_of(op, order));
   if (own != order.end()) std::rotate(order.begin(), own, own + 1);
   for (const std::string& name : order)
-    if (Program* program = find_program({name, architecture}); program && program->has(kernel))
+    if (PtxFile* program = find_program({name, architecture}); program && program->has(kernel))
       return *program;
   throw std::runtime_error("ptx: expected the PTX for " + architecture + " to hold kernel " +
-                           demangle(kernel));
+                           kernel);
 }
 
 uint64_t count_in(const std::string& statistics, const std::string& name) {
@@ -272,9 +264,10 @@ void Scope::launch(const simt::host::Launch& l) const {
     if (const uint64_t count = count_in(statistics, hazard); count > 0)
       refuse(std::string(hazard) + ": expected none, got " + std::to_string(count));
   if (settings().record)
-    store().records.push_back(
-        {op_, l.name, demangle(name), target_.architecture, target_.capability, seed_, o.grid,
-         o.block, static_cast<int32_t>(l.cluster), l.shared_bytes, std::move(statistics)});
+    store().records.push_back({op_, l.name, module.kernels().front().readable, target_.architecture,
+                               target_.capability, seed_, o.grid, o.block,
+                               static_cast<int32_t>(l.cluster), l.shared_bytes,
+                               std::move(statistics)});
 }
 
 std::vector<std::string> built_ops(const std::string& architecture) {
@@ -291,7 +284,7 @@ std::vector<std::string> built_ops(const std::string& architecture) {
 
 std::string text_of(const std::string& op, const std::string& architecture) {
   const std::lock_guard lock(store().mutex);
-  const Program* program = find_program({op, architecture});
+  const PtxFile* program = find_program({op, architecture});
   if (!program)
     throw std::runtime_error("ptx: expected PTX of " + op + " for " + architecture + " in _ptx");
   return program->text();
@@ -303,7 +296,7 @@ void override_text(const std::string& op, const std::string& architecture,
   if (text.empty())
     store().overrides.erase({op, architecture});
   else
-    store().overrides[{op, architecture}] = std::make_unique<Program>(text);
+    store().overrides[{op, architecture}] = std::make_unique<PtxFile>(text);
 }
 
 std::vector<Record> take_records() {

@@ -61,6 +61,31 @@ __device__ __forceinline__ void mbarrier_wait(SharedAddress barrier, uint32_t pa
   }
 }
 
+// This block's number in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A barrier of all threads of the cluster that have not left.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// One arrival at the barrier that lies at this address in block `rank` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_at(SharedAddress barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // Between what this thread wrote to shared memory, or saw written by ordinary stores and
 // cp_async_16(), and what tensor cores and tensor copies do there later, by whose hand ever.
 __device__ __forceinline__ void fence_async_proxy() {

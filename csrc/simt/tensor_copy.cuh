@@ -27,5 +27,16 @@ __device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap* map,
       : "memory");
 }
 
+// The same to this address in every block of the cluster whose bit is set in `blocks`, counting on
+// the barrier at this address there.
+__device__ __forceinline__ void copy_box_to(uint16_t blocks, SharedAddress to, const TensorMap* map,
+                                            int x, int y, int z, SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 }  // namespace mergeme::simt
 #endif

@@ -25,7 +25,7 @@ from mergeme_ext.ops import (
     sort_by_expert,
 )
 
-__all__ = ["experts_forward", "fused_activation", "packing_options"]
+__all__ = ["activation_name", "experts_forward", "fused_activation", "packing_options"]
 
 # Not public in transformers; were it gone, no class would be known to have it, and everything would
 # run in steps.
@@ -237,10 +237,11 @@ def fused_activation(experts: nn.Module) -> str | None:
     gate = type(experts)._apply_gate
     if DEFAULT_GATE is None or gate is not DEFAULT_GATE or "_apply_gate" in experts.__dict__:
         return None
-    return _activation_name(experts.act_fn)
+    return activation_name(experts.act_fn)
 
 
-def _activation_name(act: object) -> str | None:
+def activation_name(act: object) -> str | None:
+    """Return what the ops call the function ``act``, or None if they do not have it."""
     if act is nn.functional.silu:
         return "silu"
     if act is nn.functional.gelu:

@@ -28,6 +28,10 @@ def register(*, cache: bool = True) -> None:
     model whose experts use transformers' interface, in inference and training. Weights stay the
     model's own parameters. Call it again to change the option.
 
+    Checkpoints of e4m3 weights with scales of 128 x 128 blocks (``quant_method`` "fp8", as
+    DeepSeek-V3's) are served too, for inference: on a GPU the experts alone, elsewhere the linear
+    layers as well, so that loading need not dequantise them. See ``integrations/float8.py``.
+
     Args:
         cache: For inference on the CPU keep packed copies of the experts' weights, made on first
             use: as much memory again as the experts take. See ``pack_for_inference`` for packed
@@ -37,9 +41,12 @@ def register(*, cache: bool = True) -> None:
         ImportError: transformers is missing, or older than its experts interface.
     """
     try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
         from mergeme_ext.integrations.experts_interface import experts_forward
+        from mergeme_ext.integrations.float8 import Float8Quantizer, float8_experts_forward
     except ImportError as error:
         raise ImportError(
             "register: expected a transformers 5 with an experts interface to be installed; "
@@ -47,6 +54,9 @@ def register(*, cache: bool = True) -> None:
         ) from error
     forward = experts_forward if cache else functools.partial(experts_forward, cache=False)
     ALL_EXPERTS_FUNCTIONS.register("mergeme", forward)
+    ALL_FP8_EXPERTS_FUNCTIONS.register("mergeme", float8_experts_forward)
+    # register_quantizer() refuses a name that is taken.
+    AUTO_QUANTIZER_MAPPING["fp8"] = Float8Quantizer
 
 
 def pack_for_inference(model: nn.Module) -> None:

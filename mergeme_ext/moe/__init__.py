@@ -1,6 +1,7 @@
 """Mixture-of-Experts modules over the ops: router, experts, the layer of both, and losses."""
 
 from mergeme_ext.moe.experts import Experts, per_expert_state_dict
+from mergeme_ext.moe.float8 import Float8Experts
 from mergeme_ext.moe.layer import MoELayer
 from mergeme_ext.moe.losses import (
     load_balancing_loss,
@@ -12,6 +13,7 @@ from mergeme_ext.moe.router import Routing, TopKRouter
 
 __all__ = [
     "Experts",
+    "Float8Experts",
     "MoELayer",
     "ParallelExperts",
     "Routing",

@@ -51,6 +51,7 @@ class Call:
 
     run: Callable[..., tuple[torch.Tensor, ...]]
     max_grid: int = 0  # see ptx.small_grids()
+    kernel: str = ""  # a part of the name of one that needs this call in any case
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ class Subject:
         for number in sorted(range(len(calls)), key=costs.__getitem__):
             for name, lines in reached[number].items():
                 known = self._lines.setdefault(name, set())
-                if lines - known:
+                wanted = calls[number].kernel and calls[number].kernel in name
+                if lines - known or wanted or len(self._callers[name]) < 3:
                     self._callers.setdefault(name, []).append(number)
                     known |= lines
         self.kernels = {name: found[name] for name in self._callers}
@@ -278,14 +280,14 @@ def markdown(table: dict) -> str:
     return "\n".join(lines)
 
 
-def measure(ops: list[str], backend: str = "ptx80") -> Iterator[dict]:
-    """Rows of the table, one for each kernel that synchronises anything."""
+def measure(ops: list[str], backend: str = "ptx80", kernel: str = "") -> Iterator[dict]:
+    """Rows of the table, one for each kernel of that name that synchronises anything."""
     from python_tests.ptx.mutation_calls import CALLS  # it needs Call
 
     for op in ops:
         subject = Subject(op, backend, list(CALLS[op]()))
         for name in sorted(subject.kernels, key=demangle):
-            if subject.mutants(name):
+            if kernel in short_name(demangle(name)) and subject.mutants(name):
                 yield row_of(subject, name)
 
 
@@ -298,10 +300,11 @@ def main(argv=None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help="csrc/ops/OP (all)")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--backend", choices=sorted(ptx.ARCHITECTURES), default="ptx80")
+    parser.add_argument("--kernel", default="", help="a part of its name (all)")
     options = parser.parse_args(argv)
     old = read_table()
     rows = {key_of(r): r for r in old["rows"]}
-    for row in measure(options.ops or sorted(CALLS), options.backend):
+    for row in measure(options.ops or sorted(CALLS), options.backend, options.kernel):
         row = with_reasons(row, old)
         rows[key_of(row)] = row
         print(json.dumps(row, indent=1), flush=True)

@@ -6,6 +6,8 @@ the last tiles, stages and rows are partial. Where work is dealt out by a grid o
 is made small.
 """
 
+from dataclasses import replace
+
 import torch
 
 import mergeme_ext
@@ -17,6 +19,9 @@ from python_tests.ptx.mutation import Call
 
 # Rows of each expert by the height of the tile that they get, see python_tests/cuda/test_tiles.py.
 HEIGHTS = {16: [3, 0, 17, 2], 32: [9, 33, 0, 18], 64: [60, 0, 27, 5], 128: [130, 0, 77, 1]}
+
+
+MANY = [1, 0, 3] * 100  # more experts than the plan takes at once
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -36,9 +41,14 @@ def products():
         inner = 264 if height == 128 else 456
         yield product("nt", counts, inner, 152, bf16)
         yield product("nn", counts, inner, 152, bf16)
+        if height == 128:  # the last zeros land where the sums pass through
+            yield product("nt", counts, 200, 152, bf16)
+            yield product("nn", counts, 200, 152, bf16)
     yield product("tn", [300, 0, 40, 70], 136, 72, bf16)
+    yield product("tn", [170, 0, 0, 9], 136, 72, bf16)
     for layout in ("nt", "nn", "tn"):
         yield product(layout, [70, 0, 30], 40, 72, f32)
+    yield replace(product("nt", MANY, 8, 8, f32), kernel="plan_kernel")
 
 
 def expert_calls(counts, hidden, intermediate, dtype):
@@ -48,13 +58,18 @@ def expert_calls(counts, hidden, intermediate, dtype):
     _, saved = torch.ops.mergeme_simt.grouped_experts(*args, save=True)
     yield Call(lambda ops: (ops.grouped_experts(*args)[0],))
     yield Call(lambda ops: ops.grouped_experts(*args, save=True))
-    yield Call(lambda ops: ops.grouped_experts_backward(grad, *args, saved, output_mask=[True] * 4))
+    for wanted in range(4):  # one gradient, so that few kernels run
+        mask = [wanted == i for i in range(4)]
+        yield Call(
+            lambda ops, m=mask: ops.grouped_experts_backward(grad, *args, saved, output_mask=m)
+        )
 
 
 def all_experts():
     yield from expert_calls(HEIGHTS[16], 456, 200, torch.bfloat16)
-    yield from expert_calls(HEIGHTS[128], 264, 136, torch.bfloat16)
-    yield from expert_calls([40, 0, 17, 3], 24, 40, torch.float32)
+    yield from expert_calls(HEIGHTS[128], 168, 136, torch.bfloat16)
+    yield from expert_calls([40, 0, 17, 3], 24, 136, torch.float32)
+    yield replace(next(expert_calls(MANY, 8, 8, torch.float32)), kernel="plan_kernel")
 
 
 def sorts():

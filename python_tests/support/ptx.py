@@ -237,7 +237,7 @@ def pretending(capability: int):
 
 
 def small_grids(blocks: int):
-    """Launches at most so many blocks along each axis; only for kernels that stride over the rest."""
+    """Launches at most so many blocks along each axis: only for kernels that stride."""
     return _set(max_grid=blocks)
 
 

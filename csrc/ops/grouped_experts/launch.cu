@@ -58,6 +58,7 @@ void dispatch_family(const Common& p, bool aligned, F&& fn) {
     if (simt::has_wgmma() && aligned && fits_sm90(p) &&
         grouped::sm90::has_enough_rows(p.num_slots(), p.num_experts))
       return grouped::sm90::dispatch_height(p.num_slots(), p.num_experts,
+                                            std::min(p.hidden, p.intermediate),
                                             [&]<int kRows>() { fn(Sm90<kRows>{}); });
     if (simt::compute_capability() >= 80 && aligned && fits_sm80(p))
       return grouped::sm80::dispatch_height(p.num_slots(), p.num_experts,
@@ -103,7 +104,7 @@ void launch_gate_up(Sm90<kRows>, const Params& p, void* stream) {
   grouped::sm90::dispatch_shape<kRows>(p.hidden, [&]<typename Shape>() {
     constexpr int kWidth = Shape::kColumns / 2;
     grouped::launch_tiles<gate_up_sm90_kernel<T, Shape>>(
-        name, grouped::sm90::config(stream),
+        name, grouped::sm90::config<Shape>(stream),
         WithMaps<Params>{with_row_grid(p, p, kRows, p.intermediate, kWidth),
                          {},
                          map_of<T>(name, p.gate_up, p.num_experts, 2 * p.intermediate, p.hidden,
@@ -133,7 +134,7 @@ int launch_grad_activation(Sm90<kRows>, const BackwardParams& p, void* stream) {
   grouped::sm90::dispatch_shape<kRows>(p.hidden, [&]<typename Shape>() {
     columns = Shape::kColumns;
     grouped::launch_tiles<grad_activation_sm90_kernel<T, Shape>>(
-        name, grouped::sm90::config(stream),
+        name, grouped::sm90::config<Shape>(stream),
         WithMaps<BackwardParams>{with_row_grid(p, p, kRows, p.intermediate, columns),
                                  {},
                                  map_of<T>(name, p.down, p.num_experts, p.hidden, p.intermediate,
@@ -160,12 +161,12 @@ void launch_rows(Sm90<kRows>, const char* name, const Common& p, const RowsParam
                  void* stream) {
   grouped::sm90::dispatch_shape<kRows>(rows.k, [&]<typename Shape>() {
     grouped::launch_tiles<rows_sm90_kernel<T, kNt, Shape>>(
-        name, grouped::sm90::config(stream),
+        name, grouped::sm90::config<Shape>(stream),
         WithMaps<RowsParams>{
             with_row_grid(rows, p, kRows, rows.n, Shape::kColumns),
-            map_of<T>(name, rows.a, 1, p.num_slots(), rows.k, Run::kDepth, kRows),
+            map_of<T>(name, rows.a, 1, p.num_slots(), rows.k, Run::kDepth, Shape::kRows),
             map_of<T>(name, rows.b, p.num_experts, kNt ? rows.n : rows.k, kNt ? rows.k : rows.n,
-                      kNt ? Run::kDepth : Run::kAcross, Shape::kColumns)});
+                      kNt ? Run::kDepth : Run::kAcross, Shape::kColumns / Shape::kCluster)});
   });
 }
 
@@ -194,8 +195,8 @@ void launch_sums(Sm90<kRows>, const char* name, const Common& p, const SumsParam
       params.b_map = map(sums.b, sums.n2);
     else
       params.a_map = map(sums.a, sums.n1);
-    grouped::launch_tiles<sums_sm90_kernel<T, kGatherA, Shape>>(name, grouped::sm90::config(stream),
-                                                                params);
+    grouped::launch_tiles<sums_sm90_kernel<T, kGatherA, Shape>>(
+        name, grouped::sm90::config<Shape>(stream), params);
   });
 }
 

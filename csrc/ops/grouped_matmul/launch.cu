@@ -51,7 +51,7 @@ template <typename T, Layout kLayout, typename Shape>
 void launch_sm90(const Params& p, void* stream) {
   using grouped::sm90::map_of;
   using simt::Run;
-  plan(p, Shape::kRows, stream);
+  plan(p, Shape::kHeight, stream);
   const char* name = "grouped_matmul (sm_90)";
   constexpr Run kRunA = kLayout == Layout::kTn ? Run::kAcross : Run::kDepth;
   constexpr Run kRunB = kLayout == Layout::kNt ? Run::kDepth : Run::kAcross;
@@ -61,11 +61,11 @@ void launch_sm90(const Params& p, void* stream) {
                                                 : p.num_tokens;
   const int64_t columns = kLayout == Layout::kNt ? p.a_columns : p.out_columns;
   grouped::launch_tiles<grouped_matmul_sm90_kernel<T, kLayout, Shape>>(
-      name, grouped::sm90::config(stream),
+      name, grouped::sm90::config<Shape>(stream),
       grouped::sm90::WithMaps<Params>{
-          with_grid(p, Shape::kRows, Shape::kColumns),
+          with_grid(p, Shape::kHeight, Shape::kColumns),
           map_of<T>(name, p.a, 1, p.num_tokens, p.a_columns, kRunA, Shape::kRows),
-          map_of<T>(name, p.b, matrices, rows, columns, kRunB, Shape::kColumns)});
+          map_of<T>(name, p.b, matrices, rows, columns, kRunB, Shape::kColumns / Shape::kCluster)});
 }
 
 template <typename T, Layout kLayout>
@@ -78,9 +78,10 @@ void launch_layout(const Params& p, void* stream) {
       if constexpr (kLayout == Layout::kTn)
         return grouped::sm90::dispatch_depth(p.num_tokens / p.num_experts, launch_shape);
       else if (grouped::sm90::has_enough_rows(p.num_tokens, p.num_experts))
-        return grouped::sm90::dispatch_height(p.num_tokens, p.num_experts, [&]<int kRows>() {
-          grouped::sm90::dispatch_shape<kRows>(p.a_columns, launch_shape);
-        });
+        return grouped::sm90::dispatch_height(
+            p.num_tokens, p.num_experts, p.a_columns, [&]<int kHeight>() {
+              grouped::sm90::dispatch_shape<kHeight>(p.a_columns, launch_shape);
+            });
     }
     if (simt::compute_capability() >= 80 && fits_sm80(p)) {
       if constexpr (kLayout == Layout::kTn)

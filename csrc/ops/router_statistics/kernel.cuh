@@ -50,7 +50,7 @@ __global__ void sum_kernel(Params p) {
     sums[e] = 0;
     if (kShared) counts[e] = 0;
   }
-  __syncthreads();  // of one warp
+  if constexpr (kShared) __syncwarp();  // for the counts: a lane adds to its own sums only
   const int64_t begin = blockIdx.x * p.chunk;
   const int64_t end = begin + p.chunk < p.num_tokens ? begin + p.chunk : p.num_tokens;
   A squares = 0;
@@ -68,12 +68,13 @@ __global__ void sum_kernel(Params p) {
     squares += all.lse * all.lse;
   }
   if (lane == 0) row[n] = squares;
-  __syncthreads();
-  if constexpr (kShared)
+  if constexpr (kShared) {
+    __syncwarp();
     for (int64_t e = lane; e < n; e += kLanes) {
       row[e] = sums[e];
       if (counts[e] != 0) atomicAdd(p.counts + e, counts[e]);
     }
+  }
 }
 
 // sums[e] and squares = the partials' sums in chunk order; one thread owns a column.
