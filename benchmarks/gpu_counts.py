@@ -112,9 +112,8 @@ def _experts(backend: str, rows: int, hidden: int, intermediate: int) -> dict[st
     return {sass.kernel_name(x.kernel)[0]: asdict(x) for x in launches}
 
 
-# By kernel and tile (rows, columns of the product): steps of a stage, stages, warpgroups that share
-# a tile, and (hidden, intermediate) of the runs. Those give every block that the interpreter's
-# device holds the same number of tiles, so that only tiles and steps differ.
+# By tile (rows, columns of the product): steps of a stage and stages; stages and warpgroups that
+# share a tile. A cluster's pair of tiles is left out: its blocks' tiles are those of 128 x 256.
 _SM80 = {(128, 128): (32, 4), (64, 128): (64, 3), (32, 128): (64, 3), (16, 128): (64, 4)}
 _SM90 = {(128, 256): (4, 2), (128, 128): (6, 1), (64, 256): (4, 1)}
 
@@ -154,7 +153,8 @@ def count_ours(table: dict) -> list[Kernel]:
     loops = {sass.key(r): r for r in table["loops"]}
     found = []
     for variant in _variants():
-        # Reductions of more than 1024 steps get other tiles than shorter ones.
+        # The device that the interpreter shows holds three blocks, so six tiles and multiples give
+        # each the same number. Reductions of more than 1024 steps get tiles of their own.
         few = 17 if variant["arch"] == "90a" and variant["columns"] == 256 else 8
         runs = [(6, few), (6, 2 * few - 2), (12, few), (18, few + 2)]
         if variant["arch"] == "90a" and variant["columns"] == 128:

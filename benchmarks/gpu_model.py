@@ -160,7 +160,8 @@ def layer(shape: str, tokens: int) -> Layer:
 def our_tile(gpu: Gpu, case: Layer, depth: int) -> tuple[str, int, int]:
     """(architecture, rows, columns) of the tile that the launchers choose for a reduction.
 
-    See grouped::sm80::dispatch_height and grouped::sm90::dispatch_shape.
+    See grouped::sm80::dispatch_height and grouped::sm90::dispatch_shape; the tiles of a cluster of
+    two blocks count as two.
     """
     twice = 2 * case.slots
     experts = case.shape.experts

@@ -53,17 +53,23 @@ def _without_parameters(function: str) -> str:
     return function
 
 
+def _shape(found: re.Match) -> str:
+    rows, columns, groups, cluster = found.groups()
+    together = f", cluster of {cluster}" if cluster not in (None, "1") else ""
+    return f"{rows}x{columns}, {groups} groups{together}"
+
+
 def kernel_name(readable: str) -> tuple[str, str]:
     """(name, its dtypes) of a demangled kernel: what is left is the variant, whatever the dtype.
 
     "void mergeme::a::b_kernel<mergeme::float16_t, (mergeme::a::Layout)0, 128>(...)" is
-    ("b_kernel<nt, 128>", "float16_t"). A Shape<64, 256, 1> is "64x256, 1 groups": the tile, and how
-    many warpgroups share it.
+    ("b_kernel<nt, 128>", "float16_t"). A Shape<64, 256, 1, 1> is "64x256, 1 groups": the tile, and
+    how many warpgroups share it; the last is the blocks of a cluster.
     """
     text = _without_parameters(re.sub(r"^void ", "", readable))
     text = re.sub(r"\([\w:]*Layout\)(\d)", lambda m: _LAYOUTS[int(m[1])], text)
     text = re.sub(r"\((?:[\w:]|\(anonymous namespace\))+\)(-?\d+)", r"\1", text)
-    text = re.sub(r"[\w:]*\bShape<(\d+), (\d+), (\d+)> ?", r"\1x\2, \3 groups", text)
+    text = re.sub(r"[\w:]*\bShape<(\d+), (\d+), (\d+)(?:, (\d+))?> ?", _shape, text)
     head, _, rest = text.partition("<")
     dtypes = re.findall(_DTYPES, rest)
     rest = re.sub(rf"{_DTYPES}(?:, )?", "", rest).strip(" ,>")

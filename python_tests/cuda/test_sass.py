@@ -157,8 +157,8 @@ def test_wgmma_is_compared_by_multiply_adds():
         ),
         (
             "void mergeme::a::e_kernel<mergeme::bfloat16_t, true, mergeme::g::sm90::Shape<64, 256, "
-            "1> >(mergeme::g::WithMaps<mergeme::a::P>)",
-            "e_kernel<true, 64x256, 1 groups>",
+            "1, 2> >(mergeme::g::WithMaps<mergeme::a::P>)",
+            "e_kernel<true, 64x256, 1 groups, cluster of 2>",
             "bfloat16_t",
         ),
         ("void mergeme::a::c_kernel<double, (bool)1>(mergeme::a::P)", "c_kernel<1>", "double"),
