@@ -206,9 +206,13 @@ class Scheduler {
     return *runnable_[random % runnable_.size()];
   }
 
-  // Warps that poll never block. If all there is left is polling, nothing will change any more.
+  // Warps that poll never block. If all there is left is polling, nothing will change any more. A
+  // slice that ended between two polls says nothing.
   void watch_progress(RunResult result) {
+    constexpr int kShortSlice = 8;
     if (result == RunResult::kBlocked) return;
+    const bool too_short = result == RunResult::kBudgetSpent && budget_ <= kShortSlice;
+    if (too_short && launch_.progress == last_progress_) return;
     if (result != RunResult::kWaiting || launch_.progress != last_progress_) {
       failed_polls_ = 0;
       last_progress_ = launch_.progress;

@@ -17,13 +17,17 @@ pytestmark = pytest.mark.skipif(
     not ptx.built_ops("sm_90a"), reason="no PTX for sm_90a: build with MERGEME_SIMT=1 and nvcc"
 )
 LAYOUTS = ["nt", "nn", "tn"]
-SHARED, TURNS, LOW = (f"Shape<{shape}>" for shape in ("128, 256, 2", "128, 128, 1", "64, 256, 1"))
+SHARED, TURNS, LOW, PAIR = (
+    f"Shape<{shape}>"
+    for shape in ("128, 256, 2, 1", "128, 128, 1, 1", "64, 256, 1, 1", "128, 256, 2, 2")
+)
 # Tokens of each expert, inner, outer; each with the shape of tile that it is given to in nt and nn.
 CASES = {
     "turns": ([0, 1, 15, 17, 64, 127, 128, 129, 300], 72, 136, TURNS),
     "low": ([33, 0, 64, 17, 20], 264, 520, LOW),
     "one-chunk": ([70], 8, 8, TURNS),
     "long": ([3, 130], 1032, 264, SHARED),
+    "pair": ([257], 1032, 264, PAIR),
 }
 
 
@@ -109,11 +113,14 @@ def test_shim_does_not_run_them():
 
 EXPERTS = ["gate_up", "rows", "grad_activation", "sums"]
 SIZES = {"turns": ([0, 1, 15, 130, 65, 129], 72, 136), "low": ([33, 0, 64, 17, 20], 264, 520)}
-SIZES["long"] = ([3, 129], 1032, 40)
+SIZES["long"] = ([3, 129], 1032, 40)  # long in one of two products
+SIZES["pair"] = ([257, 255], 1032, 1032)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(s, marks=[pytest.mark.slow] * (s == "pair")) for s in SIZES]
+)
 def test_experts(sizes, dtype):
     args = make_experts(SIZES[sizes][0], 2, *SIZES[sizes][1:], dtype)
     with ptx.recording(seeds=(0, 1, 2)) as launches:

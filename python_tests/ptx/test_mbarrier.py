@@ -143,10 +143,12 @@ def test_arrivals_from_the_cluster(seed):
     assert out[0] == 1
 
 
-def test_an_arrival_missing_in_the_cluster():
-    text = CLUSTER_ARRIVE.format(wait=await_phase("bar"))
+@pytest.mark.parametrize("seed", range(3))
+def test_an_arrival_missing_in_the_cluster(seed):
+    text = started(CLUSTER_ARRIVE.format(wait=await_phase("bar")), 129)
+    options = {"grid": 4, "cluster": 4, "resident": 4, "block": 32, "seed": seed}
     with pytest.raises(VMError, match="deadlock"):
-        run(started(text, 129), np.zeros(1, np.uint32), grid=4, cluster=4, resident=4, block=32)
+        run(text, np.zeros(1, np.uint32), **options)
 
 
 STOPS = {

@@ -29,58 +29,59 @@ uint32_t combine(uint8_t operation, uint32_t a, uint32_t b) {
   }
 }
 
-// Comparisons ending in u are true of a NaN, the others are not.
-template <typename T>
-bool holds(T x, T y, Comparison comparison) {
-  switch (comparison) {
-    case Comparison::kEq:
-      return x == y;
-    case Comparison::kNe:
-      return x < y || x > y;
-    case Comparison::kLt:
-    case Comparison::kLo:
-      return x < y;
-    case Comparison::kLe:
-    case Comparison::kLs:
-      return x <= y;
-    case Comparison::kGt:
-    case Comparison::kHi:
-      return x > y;
-    case Comparison::kGe:
-    case Comparison::kHs:
-      return x >= y;
-    case Comparison::kEqu:
-      return !(x < y || x > y);
-    case Comparison::kNeu:
-      return !(x == y);
-    case Comparison::kLtu:
-      return !(x >= y);
-    case Comparison::kLeu:
-      return !(x > y);
-    case Comparison::kGtu:
-      return !(x <= y);
-    case Comparison::kGeu:
-      return !(x < y);
-    case Comparison::kNum:
-      return x == x && y == y;
-    case Comparison::kNan:
-      return x != x || y != y;
-  }
-  return false;
+// The lanes in which operands 1 and 2, read by `load`, satisfy a test.
+template <typename Load, typename Test>
+uint32_t lanes_where(const Warp& warp, const Instruction& instruction, uint32_t mask, Load load,
+                     Test test) {
+  const uint64_t* a = row(warp, instruction.operands[1]);
+  const uint64_t* b = row(warp, instruction.operands[2]);
+  uint32_t lanes = 0;
+  for_each_lane(mask,
+                [&](int lane) { lanes |= uint32_t{test(load(a[lane]), load(b[lane]))} << lane; });
+  return lanes;
 }
 
-// The lanes in which operands 1 and 2 compare true, read by `load`.
+// Comparisons ending in u are true of a NaN, the others are not. The choice is made outside the
+// loop over lanes.
 template <typename Load>
 uint32_t compare_loaded(const Warp& warp, const Instruction& instruction, uint32_t mask,
                         Load load) {
-  const uint64_t* a = row(warp, instruction.operands[1]);
-  const uint64_t* b = row(warp, instruction.operands[2]);
-  const Comparison comparison = instruction.comparison;
-  uint32_t lanes = 0;
-  for_each_lane(mask, [&](int lane) {
-    lanes |= uint32_t{holds(load(a[lane]), load(b[lane]), comparison)} << lane;
-  });
-  return lanes;
+  const auto where = [&](auto test) { return lanes_where(warp, instruction, mask, load, test); };
+  switch (instruction.comparison) {
+    case Comparison::kEq:
+      return where([](auto x, auto y) { return x == y; });
+    case Comparison::kNe:
+      return where([](auto x, auto y) { return x < y || x > y; });
+    case Comparison::kLt:
+    case Comparison::kLo:
+      return where([](auto x, auto y) { return x < y; });
+    case Comparison::kLe:
+    case Comparison::kLs:
+      return where([](auto x, auto y) { return x <= y; });
+    case Comparison::kGt:
+    case Comparison::kHi:
+      return where([](auto x, auto y) { return x > y; });
+    case Comparison::kGe:
+    case Comparison::kHs:
+      return where([](auto x, auto y) { return x >= y; });
+    case Comparison::kEqu:
+      return where([](auto x, auto y) { return !(x < y || x > y); });
+    case Comparison::kNeu:
+      return where([](auto x, auto y) { return !(x == y); });
+    case Comparison::kLtu:
+      return where([](auto x, auto y) { return !(x >= y); });
+    case Comparison::kLeu:
+      return where([](auto x, auto y) { return !(x > y); });
+    case Comparison::kGtu:
+      return where([](auto x, auto y) { return !(x <= y); });
+    case Comparison::kGeu:
+      return where([](auto x, auto y) { return !(x < y); });
+    case Comparison::kNum:
+      return where([](auto x, auto y) { return x == x && y == y; });
+    case Comparison::kNan:
+      return where([](auto x, auto y) { return x != x || y != y; });
+  }
+  return 0;
 }
 template <typename T>
 uint32_t compare_as(const Warp& warp, const Instruction& instruction, uint32_t mask) {

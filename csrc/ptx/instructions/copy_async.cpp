@@ -91,10 +91,11 @@ void poison(uint8_t* to, uint64_t bytes) {
 }
 
 void Warp::land_async_copies(int lane, uint64_t below_group, uint64_t below_sequence) {
-  std::vector<AsyncCopy> under_way;
-  for (const AsyncCopy& copy : async_copies[lane]) {
+  std::vector<AsyncCopy>& copies = async_copies[lane];
+  size_t under_way = 0;  // those that stay, moved to the front
+  for (const AsyncCopy& copy : copies) {
     if (copy.group >= below_group || copy.sequence >= below_sequence) {
-      under_way.push_back(copy);
+      copies[under_way++] = copy;
       continue;
     }
     uint8_t* target = block->shared + copy.destination;
@@ -105,7 +106,7 @@ void Warp::land_async_copies(int lane, uint64_t below_group, uint64_t below_sequ
     if (launch->check_races && current)
       check_race(*current, lane, *block, copy.destination, copy.bytes, Access::kWrite);
   }
-  async_copies[lane].swap(under_way);
+  copies.resize(under_way);
 }
 
 bool decode_copy_async(const ParsedInstruction& parsed, Instruction& i) {

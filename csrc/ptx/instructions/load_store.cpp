@@ -15,19 +15,9 @@ T read(const uint8_t* from) {
   return value;
 }
 
-// An element as its register holds it: signed types extend to the register's width.
-uint64_t load_element(const uint8_t* from, Type type, int register_bytes) {
-  switch (type) {
-    case Type::kS8:
-      return low_bytes(static_cast<uint64_t>(int64_t{read<int8_t>(from)}), register_bytes);
-    case Type::kS16:
-      return low_bytes(static_cast<uint64_t>(int64_t{read<int16_t>(from)}), register_bytes);
-    case Type::kS32:
-      return low_bytes(static_cast<uint64_t>(int64_t{read<int32_t>(from)}), register_bytes);
-    default:
-      break;
-  }
-  switch (size_of(type)) {
+// An element as its register holds it, zero above its own bits.
+uint64_t load_unsigned(const uint8_t* from, int bytes) {
+  switch (bytes) {
     case 1:
       return *from;
     case 2:
@@ -37,6 +27,17 @@ uint64_t load_element(const uint8_t* from, Type type, int register_bytes) {
     default:
       return read<uint64_t>(from);
   }
+}
+
+// Signed types extend to the register's width.
+uint64_t load_signed(const uint8_t* from, int bytes, int register_bytes) {
+  const int unused_bits = 64 - 8 * bytes;
+  const auto high = static_cast<int64_t>(load_unsigned(from, bytes) << unused_bits);
+  return low_bytes(static_cast<uint64_t>(high >> unused_bits), register_bytes);
+}
+
+uint64_t load_element(const uint8_t* from, int bytes, bool is_signed, int register_bytes) {
+  return is_signed ? load_signed(from, bytes, register_bytes) : load_unsigned(from, bytes);
 }
 
 void store_element(uint8_t* to, uint64_t value, int bytes) {
@@ -73,7 +74,8 @@ void load_parameter(Warp& warp, const Instruction& instruction, uint32_t mask) {
                    instruction.vector_size * bytes, Space::kParam, Access::kRead);
   for (int k = 0; k < instruction.vector_size; k++) {
     const Operand& to = element(instruction, instruction.operands[0], k);
-    const uint64_t value = load_element(from + k * bytes, instruction.type, to.width);
+    const uint64_t value =
+        load_element(from + k * bytes, bytes, is_signed(instruction.type), to.width);
     uint64_t* d = result_row(warp, to);
     for_each_lane(mask, [=](int lane) { d[lane] = value; });
   }
@@ -91,6 +93,7 @@ void load(Warp& warp, const Instruction& instruction, uint32_t mask) {
   const int64_t offset = offset_of(warp, address);
   const int count = instruction.vector_size;
   const int bytes = instruction.element_size;
+  const bool extends = is_signed(instruction.type);
   uint64_t addresses[kWarpSize];
   bool shared = false;
   // The address may lie in a register that is loaded: no result is written before all are read.
@@ -104,7 +107,7 @@ void load(Warp& warp, const Instruction& instruction, uint32_t mask) {
         warp.resolve(instruction, lane, addresses[lane], count * bytes, space, Access::kRead);
     shared |= warp.touched_shared;
     for (int k = 0; k < count; k++)
-      values[k][lane] = load_element(from + k * bytes, instruction.type, widths[k]);
+      values[k][lane] = load_element(from + k * bytes, bytes, extends, widths[k]);
   });
   for (int k = 0; k < count; k++) {
     uint64_t* d = result_row(warp, element(instruction, instruction.operands[0], k));

@@ -17,9 +17,10 @@ struct Place {
 };
 
 // Where half k of a lane's register belongs.
-Place place_of(int lane, int k, bool transposed) {
+template <bool kTransposed>
+Place place_of(int lane, int k) {
   const Place place{lane / 4, lane % 4 * 2 + k};
-  return transposed ? Place{place.column, place.row} : place;
+  return kTransposed ? Place{place.column, place.row} : place;
 }
 
 // The rows of the matrices: lane 8 m + r gives the address of row r of matrix m.
@@ -41,6 +42,7 @@ RowPointers resolve_rows(Warp& warp, const Instruction& instruction, int operand
   return pointers;
 }
 
+template <bool kTransposed>
 void ldmatrix(Warp& warp, const Instruction& instruction, uint32_t) {
   const RowPointers pointers = resolve_rows(warp, instruction, 1, Access::kRead);
   for (int m = 0; m < instruction.vector_size; m++) {
@@ -48,7 +50,7 @@ void ldmatrix(Warp& warp, const Instruction& instruction, uint32_t) {
     for (int lane = 0; lane < kWarpSize; lane++) {
       uint32_t packed = 0;
       for (int k = 0; k < 2; k++) {
-        const Place place = place_of(lane, k, instruction.flag);
+        const Place place = place_of<kTransposed>(lane, k);
         uint16_t value = 0;
         std::memcpy(&value, pointers.rows[m * kRows + place.row] + 2 * place.column, 2);
         packed |= uint32_t{value} << (16 * k);
@@ -58,13 +60,14 @@ void ldmatrix(Warp& warp, const Instruction& instruction, uint32_t) {
   }
 }
 
+template <bool kTransposed>
 void stmatrix(Warp& warp, const Instruction& instruction, uint32_t) {
   const RowPointers pointers = resolve_rows(warp, instruction, 0, Access::kWrite);
   for (int m = 0; m < instruction.vector_size; m++) {
     const uint64_t* source = row(warp, element(instruction, instruction.operands[1], m));
     for (int lane = 0; lane < kWarpSize; lane++) {
       for (int k = 0; k < 2; k++) {
-        const Place place = place_of(lane, k, instruction.flag);
+        const Place place = place_of<kTransposed>(lane, k);
         const auto value = static_cast<uint16_t>(source[lane] >> (16 * k));
         uint8_t* to = pointers.rows[m * kRows + place.row] + 2 * place.column;
         std::memcpy(to, &value, 2);
@@ -81,14 +84,14 @@ void movmatrix(Warp& warp, const Instruction& instruction, uint32_t) {
   uint16_t matrix[kRows][kRows];
   for (int lane = 0; lane < kWarpSize; lane++) {
     for (int k = 0; k < 2; k++) {
-      const Place place = place_of(lane, k, false);
+      const Place place = place_of<false>(lane, k);
       matrix[place.row][place.column] = static_cast<uint16_t>(a[lane] >> (16 * k));
     }
   }
   for (int lane = 0; lane < kWarpSize; lane++) {
     uint32_t packed = 0;
     for (int k = 0; k < 2; k++) {
-      const Place place = place_of(lane, k, true);
+      const Place place = place_of<true>(lane, k);
       packed |= uint32_t{matrix[place.row][place.column]} << (16 * k);
     }
     d[lane] = packed;
@@ -103,14 +106,17 @@ bool decode_matrix_load(const ParsedInstruction& parsed, Instruction& i) {
   if (!parsed.has("m8n8") || !parsed.has("b16")) return false;
   i.control = Control::kWarpSync;
   i.aligned = true;
-  i.flag = parsed.has("trans");
+  const bool transposed = parsed.has("trans");
   if (op == "movmatrix") {
     i.execute = movmatrix;
     return true;
   }
   i.vector_size = parsed.has("x4") ? 4 : parsed.has("x2") ? 2 : 1;
   i.space = space_of(parsed);
-  i.execute = op == "ldmatrix" ? ldmatrix : stmatrix;
+  if (op == "ldmatrix")
+    i.execute = transposed ? ldmatrix<true> : ldmatrix<false>;
+  else
+    i.execute = transposed ? stmatrix<true> : stmatrix<false>;
   return true;
 }
 
