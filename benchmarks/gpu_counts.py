@@ -88,10 +88,6 @@ def fit(runs: list[Run], check: Run) -> tuple[dict, dict, dict]:
     return parts[0], parts[1], parts[2]
 
 
-# Ours: rows of a tile by what the launchers choose for so many rows an expert.
-_SM80 = {128: (32, 4), 64: (64, 3), 32: (64, 3), 16: (64, 4)}
-
-
 def _experts(backend: str, rows: int, hidden: int, intermediate: int) -> dict[str, dict]:
     """Statistics of the forward's kernels for one expert with a full tile, by kernel.
 
@@ -116,60 +112,82 @@ def _experts(backend: str, rows: int, hidden: int, intermediate: int) -> dict[st
     return {sass.kernel_name(x.kernel)[0]: asdict(x) for x in launches}
 
 
-def count_ours(table: dict) -> list[Kernel]:
-    """gate_up and down for every height of the tiles for sm_80."""
-    loops = {sass.key(r): r for r in table["loops"]}
-    kernels = {sass.key(r): r for r in table["kernels"]}
+# By tile (rows, columns of the product): steps of a stage and stages; stages and warpgroups that
+# share a tile. A cluster's pair of tiles is left out: its blocks' tiles are those of 128 x 256.
+_SM80 = {(128, 128): (32, 4), (64, 128): (64, 3), (32, 128): (64, 3), (16, 128): (64, 4)}
+_SM90 = {(128, 256): (4, 2), (128, 128): (6, 1), (64, 256): (4, 1)}
+
+
+def _variants() -> list[dict]:
+    """Our kernels: every tile of gate_up and down."""
     found = []
-    for rows, (depth, stages) in _SM80.items():
-        for role, kernel, sizes in (
-            (
-                "gate_up",
-                f"gate_up_sm80_kernel<{rows}>",
-                # (hidden, intermediate): at least a tile for each of the three blocks that
-                # the interpreter's device holds, so that only tiles and steps differ.
-                [(256, 192), (512, 192), (256, 384), (384, 576)],
-            ),
-            (
-                "down",
-                f"rows_sm80_kernel<true, {rows}>",
-                [(384, 256), (384, 512), (768, 256), (1152, 384)],
-            ),
-        ):
-            runs = []
-            for hidden, intermediate in sizes:
-                record = _experts("ptx80", rows, hidden, intermediate)[kernel]
-                if role == "gate_up":
-                    tiles, steps = intermediate // 64, hidden // depth
-                else:
-                    tiles, steps = hidden // 128, intermediate // depth
-                counted = counts_of(record["statistics"])
-                mma = record["statistics"]["ops"]["mma.sync"][0]
-                assert mma * 16 * 8 * 16 == tiles * steps * rows * 128 * depth
-                runs.append(Run(tiles, steps, counted))
-            key = ("grouped_experts", kernel, "80")
-            launch, tile, step = fit(runs[:3], runs[3])
-            found.append(
-                Kernel(
-                    who="ours",
-                    role=role,
-                    name=kernel,
-                    arch="80",
-                    rows=rows,
-                    columns=128,
-                    depth=depth,
-                    stages=stages,
-                    threads=128,
-                    math_warps=4,
-                    registers=kernels[key]["registers"],
-                    shared=record["shared_bytes"],
-                    loop=loops[key]["loop"],
-                    launch=launch,
-                    tile=tile,
-                    step=step,
-                )
-            )
+    for (rows, columns), (depth, stages) in _SM80.items():
+        common = {"backend": "ptx80", "arch": "80", "rows": rows, "columns": columns}
+        common |= {"depth": depth, "stages": stages, "threads": 128, "math_warps": 4}
+        found.append(common | {"role": "gate_up", "kernel": f"gate_up_sm80_kernel<{rows}>"})
+        found.append(common | {"role": "down", "kernel": f"rows_sm80_kernel<true, {rows}>"})
+    for (rows, columns), (stages, groups) in _SM90.items():
+        common = {"backend": "ptx90", "arch": "90a", "rows": rows, "columns": columns, "depth": 64}
+        common |= {"stages": stages, "threads": 384, "math_warps": 4 * groups}
+        shape = f"{rows}x{columns}, {groups} groups"
+        found.append(common | {"role": "gate_up", "kernel": f"gate_up_sm90_kernel<{shape}>"})
+        found.append(common | {"role": "down", "kernel": f"rows_sm90_kernel<true, {shape}>"})
     return found
+
+
+def _run_ours(variant: dict, tiles: int, steps: int) -> tuple[Run, int]:
+    """(counts, shared bytes) of one run of a product of ours."""
+    depth, columns = variant["depth"] * steps, variant["columns"] * tiles
+    # The other product is as small as it can be without choosing another kernel.
+    sizes = (depth, columns // 2) if variant["role"] == "gate_up" else (columns, depth)
+    record = _experts(variant["backend"], variant["rows"], *sizes)[variant["kernel"]]
+    operations = record["statistics"]["ops"]
+    if variant["arch"] == "80":
+        products = tiles * steps * variant["rows"] * variant["columns"] * variant["depth"]
+        assert operations["mma.sync"][0] * 16 * 8 * 16 == products
+    return Run(tiles, steps, counts_of(record["statistics"])), record["shared_bytes"]
+
+
+def count_ours(table: dict) -> list[Kernel]:
+    """gate_up and down with every tile that the launchers choose among."""
+    loops = {sass.key(r): r for r in table["loops"]}
+    found = []
+    for variant in _variants():
+        # The device that the interpreter shows holds three blocks, so six tiles and multiples give
+        # each the same number. Reductions of more than 1024 steps get tiles of their own.
+        few = 17 if variant["arch"] == "90a" and variant["columns"] == 256 else 8
+        runs = [(6, few), (6, 2 * few - 2), (12, few), (18, few + 2)]
+        if variant["arch"] == "90a" and variant["columns"] == 128:
+            runs = [(6, 8), (6, 16), (12, 8), (18, 12)]
+        counted = [_run_ours(variant, *run) for run in runs]
+        launch, tile, step = fit([r[0] for r in counted[:3]], counted[3][0])
+        row = loops["grouped_experts", variant["kernel"], variant["arch"]]
+        fields = {k: v for k, v in variant.items() if k not in ("backend", "kernel")}
+        found.append(
+            Kernel(
+                **fields,
+                who="ours",
+                name=variant["kernel"],
+                registers=row["registers"],
+                shared=counted[0][1],
+                # For a stage of the tile; a loop may hold more or less than one.
+                loop=round(_stage_of_loop(row, variant), 2),
+                launch=launch,
+                tile=tile,
+                step=step,
+            )
+        )
+    return found
+
+
+def _stage_of_loop(row: dict, variant: dict) -> float:
+    """SASS instructions of a math warp for one stage."""
+    products = variant["rows"] * variant["columns"] * variant["depth"]
+    if row["shape"].startswith("HMMA"):
+        own = products / variant["math_warps"] / (16 * 8 * 16)
+    else:
+        own = products / (variant["math_warps"] / 4) / (sass.equivalents(row["shape"], 1) * 262144)
+    return row["loop"] * own / row["mma"]
 
 
 def _ptx(yardstick_source: str, arch: str, flags: list[str], folder: Path) -> str:

@@ -98,7 +98,7 @@ def predict(gpu: Gpu, kernel: Kernel, tiles: int, depth: int, moved: float) -> P
 
     The bytes are those that must cross the memory bus once; what the second-level cache serves
     again is taken to be free. All else is the SM with the most tiles: tensor cores at a share of
-    their peak; issue slots, those of the loop as SASS and those of the rest of a tile as PTX;
+    their peak; issue slots, those of sm_80's main loops as SASS and all others as PTX;
     wavefronts of shared memory, one a clock; and, where an SM holds too few tiles to hide it, the
     chain of loads through a block's stages.
     """
@@ -108,11 +108,13 @@ def predict(gpu: Gpu, kernel: Kernel, tiles: int, depth: int, moved: float) -> P
     flops = 2 * kernel.rows * kernel.columns * kernel.depth * steps * most
     wgmma = kernel.arch == "90a"
     share = gpu.tensor_share * (1 if gpu.name != H100.name or wgmma else HOPPER_MMA_SHARE)
-    issued = kernel.tile["instructions"] + steps * kernel.loop * kernel.math_warps
+    # Warps that only bring operands have a loop of their own, counted as PTX with the rest.
+    stage = kernel.step["instructions"] if wgmma else kernel.loop * kernel.math_warps
+    issued = kernel.tile["instructions"] + steps * stage
     wavefronts = kernel.tile["wavefronts"] + steps * kernel.step["wavefronts"]
-    if wgmma:  # it reads both operands itself, uncounted: B once for each warpgroup's rows
-        groups = kernel.math_warps // 4
-        wavefronts += steps * (kernel.rows + groups * kernel.columns) * kernel.depth * 2 / 128
+    if wgmma:  # it reads both operands itself, uncounted: B once for every 64 rows
+        lines = kernel.rows + kernel.rows // 64 * kernel.columns
+        wavefronts += steps * lines * kernel.depth * 2 / 128
     rounds = -(-most // together)
     chain = rounds * LOAD_CLOCKS * (1 + steps / max(kernel.stages - 1, 1))
     return Prediction(
@@ -155,20 +157,35 @@ def layer(shape: str, tokens: int) -> Layer:
     return Layer(s, tokens, np.bincount(ids.reshape(-1), minlength=s.experts))
 
 
-def our_height(case: Layer) -> int:
-    """Rows of a tile, as the launchers choose (grouped::sm80::dispatch_height)."""
-    twice = 2 * case.slots // case.shape.experts
-    return next((h for h in (16, 32, 64) if twice <= h), 128)
+def our_tile(gpu: Gpu, case: Layer, depth: int) -> tuple[str, int, int]:
+    """(architecture, rows, columns) of the tile that the launchers choose for a reduction.
+
+    See grouped::sm80::dispatch_height and grouped::sm90::dispatch_shape; the tiles of a cluster of
+    two blocks count as two.
+    """
+    twice = 2 * case.slots
+    experts = case.shape.experts
+    if gpu.name == H100.name and twice > 32 * experts:
+        if twice <= 64 * experts:
+            return "90a", 64, 256
+        return "90a", 128, 128 if depth <= 1024 else 256
+    return "80", next((h for h in (16, 32, 64) if twice // experts <= h), 128), 128
+
+
+def our_kernel(gpu: Gpu, case: Layer, kernels: list[Kernel], role: str, depth: int) -> Kernel:
+    tile = our_tile(gpu, case, depth)
+    return next(
+        k
+        for k in kernels
+        if (k.who, k.role) == ("ours", role) and (k.arch, k.rows, k.columns) == tile
+    )
 
 
 def ours(gpu: Gpu, case: Layer, kernels: list[Kernel]) -> dict[str, Prediction]:
     """Plan, gate_up with the gather and SwiGLU, down, and the weighted sum."""
-    s, height = case.shape, our_height(case)
-    h, i = s.hidden, s.intermediate
-    gate_up, down = (
-        next(k for k in kernels if (k.who, k.role, k.rows) == ("ours", role, height))
-        for role in ("gate_up", "down")
-    )
+    h, i = case.shape.hidden, case.shape.intermediate
+    gate_up = our_kernel(gpu, case, kernels, "gate_up", h)
+    down = our_kernel(gpu, case, kernels, "down", i)
     weights = 2 * case.used * h * i
     return {
         "plan": streaming(gpu, 8 * case.slots),
@@ -258,15 +275,18 @@ def markdown(kernels: list[Kernel]) -> str:
             f"**Model, not measured: {gpu.name}**, bfloat16, balanced routing; microseconds",
             "",
         ]
-        head = ["shape", "tokens", "tile rows", "whole layer, model of ours"]
+        head = ["shape", "tokens", "tiles", "whole layer, model of ours"]
         head += ["both products, model of ours", *(f"model of {name}'s" for name in others)]
         head += ["model / model"]
         lines.append("| " + " | ".join(head) + " |")
-        lines.append("| --- |" + " ---: |" * 2 + " --- |" * (len(head) - 4) + " ---: |")
+        lines.append("| --- | ---: |" + " --- |" * (len(head) - 3) + " ---: |")
         for r in rows(kernels, gpu):
             products = {name: _products(parts) for name, parts in r.parts.items()}
             mine, best = products["ours"], min(products[n].seconds for n in others)
-            cells = [r.shape, r.tokens, our_height(layer(r.shape, r.tokens)), described(r.layer())]
+            case = layer(r.shape, r.tokens)
+            depths = (case.shape.hidden, case.shape.intermediate)
+            tiles = ["{}x{}".format(*our_tile(gpu, case, depth)[1:]) for depth in depths]
+            cells = [r.shape, r.tokens, ", ".join(dict.fromkeys(tiles)), described(r.layer())]
             cells += [described(mine), *(described(products[n]) for n in others)]
             known = "launch" not in map(described, products.values())
             cells.append(f"{mine.seconds / best:.2f}" if known else "")

@@ -38,6 +38,8 @@ GROWTH = 1.1
 PARITY = 1.25
 _DTYPES = r"(?:mergeme::)?(?:bfloat16_t|float16_t|float8_e4m3_t|float|double|half)"
 _LAYOUTS = ("nt", "nn", "tn")
+# Copies of boxes and of chunks, stores of fragments, register budgets.
+_OF_HOPPER = ("UTMALDG", "LDGSTS", "STSM", "USETMAXREG")
 # Multiply-adds of a warpgroup's m64n256k16, by which instructions of other shapes are counted.
 _UNIT = 64 * 256 * 16
 
@@ -51,15 +53,23 @@ def _without_parameters(function: str) -> str:
     return function
 
 
+def _shape(found: re.Match) -> str:
+    rows, columns, groups, cluster = found.groups()
+    together = f", cluster of {cluster}" if cluster not in (None, "1") else ""
+    return f"{rows}x{columns}, {groups} groups{together}"
+
+
 def kernel_name(readable: str) -> tuple[str, str]:
     """(name, its dtypes) of a demangled kernel: what is left is the variant, whatever the dtype.
 
     "void mergeme::a::b_kernel<mergeme::float16_t, (mergeme::a::Layout)0, 128>(...)" is
-    ("b_kernel<nt, 128>", "float16_t").
+    ("b_kernel<nt, 128>", "float16_t"). A Shape<64, 256, 1, 1> is "64x256, 1 groups": the tile, and
+    how many warpgroups share it; the last is the blocks of a cluster.
     """
     text = _without_parameters(re.sub(r"^void ", "", readable))
     text = re.sub(r"\([\w:]*Layout\)(\d)", lambda m: _LAYOUTS[int(m[1])], text)
     text = re.sub(r"\((?:[\w:]|\(anonymous namespace\))+\)(-?\d+)", r"\1", text)
+    text = re.sub(r"[\w:]*\bShape<(\d+), (\d+), (\d+)(?:, (\d+))?> ?", _shape, text)
     head, _, rest = text.partition("<")
     dtypes = re.findall(_DTYPES, rest)
     rest = re.sub(rf"{_DTYPES}(?:, )?", "", rest).strip(" ,>")
@@ -82,6 +92,8 @@ def _loop_row(op: str, kernel: str, arch: str, f: Figures) -> dict:
     row = {"op": op, "kernel": kernel, "arch": arch, "registers": f.registers, "stack": f.stack}
     row |= {"spilled": f.spilled, "local": f.local, "warnings": sorted(set(f.warnings))}
     row |= {"instructions": f.instructions, "loop": f.loop, "shape": f.shape, "mma": f.mma}
+    if "GMMA" in f.shape:  # copies and stores are other warps' or behind the loop
+        row["whole"] = {o: f.opcodes[o] for o in _OF_HOPPER}
     return row | f.in_loop
 
 
@@ -220,14 +232,25 @@ def _lines(head: tuple[str, ...], rows: Iterable[tuple], words: int) -> list[str
 def loops_markdown(table: dict) -> str:
     """The main loops, with the yardsticks' below those of each architecture."""
     head = ("op", "kernel", "arch", "instruction", "registers", "spilled bytes", "main loop")
-    head += ("MMA", "LDSM", "LDGSTS", "per MMA", "per m64n256k16", "x yardstick", "whole kernel")
+    head += (
+        "MMA",
+        "LDSM",
+        "LDGSTS",
+        "UTMALDG",
+        "per MMA",
+        "per m64n256k16",
+        "x yardstick",
+        "whole kernel",
+    )
     rows = []
     for r in table["loops"]:
         if r["arch"] != "80" and _is_ours(r) and r["shape"].startswith("HMMA"):
             continue  # the kernels for sm_80, once more
         ratio = ratio_to_yardstick(r, table)
         cells = (r["op"], r["kernel"], f"sm_{r['arch']}", r["shape"], r["registers"], r["spilled"])
-        cells += (r["loop"], r["mma"], r.get("LDSM", 0), r.get("LDGSTS", 0))
+        copies = r.get("whole", r)  # of warps of their own, if any
+        cells += (r["loop"], r["mma"], r.get("LDSM", 0))
+        cells += (copies.get("LDGSTS", 0), copies.get("UTMALDG", 0))
         cells += (f"{r['loop'] / r['mma']:.2f}",)
         cells += (f"{r['loop'] / equivalents(r['shape'], r['mma']):.1f}",)
         rows.append((*cells, "" if ratio is None else f"{ratio:.2f}", r["instructions"]))

@@ -97,7 +97,12 @@ def test_launch_bound_gets_no_number():
 
 def test_wgmma_reads_its_operands_from_shared_memory_and_mma_on_hopper_is_slower():
     wide = dataclasses.replace(
-        PLAIN, arch="90a", columns=256, depth=64, math_warps=8, step={"wavefronts": 0}
+        PLAIN,
+        arch="90a",
+        columns=256,
+        depth=64,
+        math_warps=8,
+        step={"wavefronts": 0, "instructions": 540},
     )
     found = gpu_model.predict(H100, wide, 1, 64, 0).limits
     assert found["shared"] * H100.hertz == pytest.approx(1600 + (128 + 2 * 256) * 64 * 2 / 128)
@@ -112,11 +117,23 @@ def test_layer_counts_every_slot_once():
 
 
 @pytest.mark.parametrize(
-    "tokens, height", [(64, 16), (67, 16), (68, 32), (256, 64), (260, 128), (4096, 128)]
+    "gpu, tokens, depth, tile",
+    [
+        # fine: 8 of 64 experts, so tokens / 8 rows each; twice that fits the tile.
+        (A100, 64, 1024, ("80", 16, 128)),
+        (A100, 67, 1024, ("80", 16, 128)),
+        (A100, 68, 1024, ("80", 32, 128)),
+        (A100, 256, 1024, ("80", 64, 128)),
+        (A100, 260, 1024, ("80", 128, 128)),
+        (H100, 128, 1024, ("80", 32, 128)),
+        (H100, 129, 1024, ("90a", 64, 256)),
+        (H100, 256, 2048, ("90a", 64, 256)),
+        (H100, 257, 1024, ("90a", 128, 128)),
+        (H100, 4096, 1025, ("90a", 128, 256)),
+    ],
 )
-def test_height_is_the_launchers(tokens, height):
-    # fine: 8 of 64 experts, so tokens / 8 rows each; twice that fits the tile.
-    assert gpu_model.our_height(gpu_model.layer("fine", tokens)) == height
+def test_tile_is_the_launchers(gpu, tokens, depth, tile):
+    assert gpu_model.our_tile(gpu, gpu_model.layer("fine", tokens), depth) == tile
 
 
 def run(tiles, steps, **extra):

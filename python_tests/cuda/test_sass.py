@@ -74,11 +74,25 @@ def test_full_tiles_are_no_longer_than_1_25_of_the_yardstick(arch):
         assert sass.ratio_to_yardstick(found, TABLE) <= sass.PARITY
 
 
-def test_kernels_that_have_wgmma_copy_by_the_tensor_copy_unit():
-    for r in TABLE["loops"]:
-        if "GMMA" in r["shape"] and sass._is_ours(r):
-            assert r["warnings"] == [] and r["spilled"] == r["stack"] == 0
-            assert sass.ratio_to_yardstick(r, TABLE) <= sass.PARITY, r
+WGMMA = [r for r in TABLE["loops"] if sass._is_ours(r) and "GMMA" in r["shape"]]
+
+
+@pytest.mark.parametrize("row", WGMMA, ids=lambda r: f"{r['op']} {r['kernel']}")
+def test_kernels_with_wgmma_are_what_they_were_designed_to_be(row):
+    assert row["warnings"] == [] and row["spilled"] == row["stack"] == row["local"] == 0
+    assert row["registers"] <= 168  # at launch: three warpgroups of 128 threads in 65536
+    assert row["whole"]["UTMALDG"] > 0 and row["whole"]["USETMAXREG"] >= 2
+    if row["kernel"].startswith("gate_up"):
+        assert row["whole"]["LDGSTS"] > 0  # rows of tokens anywhere
+    assert sass.ratio_to_yardstick(row, TABLE) <= sass.PARITY
+
+
+def test_every_product_has_a_kernel_with_wgmma():
+    names = {(r["op"], r["kernel"].split("<")[0]) for r in WGMMA}
+    assert names >= {("grouped_matmul", "grouped_matmul_sm90_kernel")} | {
+        ("grouped_experts", f"{k}_sm90_kernel")
+        for k in ("gate_up", "rows", "sums", "grad_activation")
+    }
 
 
 def test_readme_shows_the_tables():
@@ -140,6 +154,12 @@ def test_wgmma_is_compared_by_multiply_adds():
             "(mergeme::a::Params)",
             "b_kernel<nt, 128>",
             "float16_t",
+        ),
+        (
+            "void mergeme::a::e_kernel<mergeme::bfloat16_t, true, mergeme::g::sm90::Shape<64, 256, "
+            "1, 2> >(mergeme::g::WithMaps<mergeme::a::P>)",
+            "e_kernel<true, 64x256, 1 groups, cluster of 2>",
+            "bfloat16_t",
         ),
         ("void mergeme::a::c_kernel<double, (bool)1>(mergeme::a::P)", "c_kernel<1>", "double"),
         ("mergeme::a::d_kernel(mergeme::a::Params)", "d_kernel", ""),
