@@ -425,8 +425,8 @@ struct Touch {
   uint32_t line = 0;
 };
 
-// What the race check knows of a byte of shared memory.
-struct ShadowByte {
+// What the race check knows of a granule of shared memory.
+struct ShadowGranule {
   Touch write;
   Touch read;
   int16_t atomic_warp = -1;  // of whose atomics the last write is one, if of one warp's alone
@@ -446,9 +446,10 @@ struct Block {
   int live_warps = 0;
   std::vector<std::unique_ptr<BulkCopy>> bulk_copies;
   std::vector<PendingArrival> pending_arrivals;
-  std::vector<ShadowByte> shadow;
-  uint32_t epoch = 1;         // counts full barriers
-  bool complex_sync = false;  // uses what the race check does not understand
+  std::vector<ShadowGranule> shadow;
+  uint32_t shadow_granule = 16;  // bytes: as small as the smallest access up to now
+  uint32_t epoch = 1;            // counts full barriers
+  bool complex_sync = false;     // uses what the race check does not understand
   uint32_t cluster_phase = 0;
   bool done = false;
   std::vector<uint32_t> generic_writes;  // of each byte, see instructions/async_proxy.h

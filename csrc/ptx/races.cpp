@@ -17,24 +17,25 @@ struct Hazard {
   uint32_t other_line = 0;
 };
 
-// Whether another lane of the same warp touched the byte, with no barrier since.
+// Whether another lane of the same warp touched the bytes, with no barrier since.
 bool unordered_lanes(const Touch& before, const Touch& now) {
   return before.epoch == now.epoch && before.warp == now.warp && before.lane != now.lane &&
          before.warp_barriers == now.warp_barriers && before.serial != now.serial;
 }
-// Whether the byte was last written by atomics of this warp alone, before its last warp barrier.
-bool own_atomics(const ShadowByte& byte, const Touch& now) {
-  return byte.write.warp == kAtomic && byte.atomic_warp == now.warp &&
-         byte.write.warp_barriers != now.warp_barriers;
+// Whether the bytes were last written by atomics of this warp alone, before its last warp barrier.
+bool own_atomics(const ShadowGranule& granule, const Touch& now) {
+  return granule.write.warp == kAtomic && granule.atomic_warp == now.warp &&
+         granule.write.warp_barriers != now.warp_barriers;
 }
 
-void note_read(ShadowByte& byte, const Touch& now, Hazard& hazard) {
-  if (unordered_lanes(byte.write, now))
-    hazard = {"read after another lane's write", byte.write.line};
-  if (byte.write.epoch == now.epoch && byte.write.warp != now.warp && !own_atomics(byte, now))
-    hazard = {byte.write.warp == kAtomic ? "read after atomic" : "read after write",
-              byte.write.line};
-  Touch& read = byte.read;
+void note_read(ShadowGranule& granule, const Touch& now, Hazard& hazard) {
+  if (unordered_lanes(granule.write, now))
+    hazard = {"read after another lane's write", granule.write.line};
+  if (granule.write.epoch == now.epoch && granule.write.warp != now.warp &&
+      !own_atomics(granule, now))
+    hazard = {granule.write.warp == kAtomic ? "read after atomic" : "read after write",
+              granule.write.line};
+  Touch& read = granule.read;
   const bool same_epoch = read.epoch == now.epoch;
   const bool other_warp = same_epoch && read.warp != now.warp;
   const bool other_lane =
@@ -44,37 +45,57 @@ void note_read(ShadowByte& byte, const Touch& now, Hazard& hazard) {
   if (other_lane) read.lane = kSeveral;
 }
 
-void note_write(ShadowByte& byte, const Touch& now, bool atomic, Hazard& hazard) {
-  Touch& write = byte.write;
+void note_write(ShadowGranule& granule, const Touch& now, bool atomic, Hazard& hazard) {
+  Touch& write = granule.write;
   const bool same_epoch = write.epoch == now.epoch;
   if (unordered_lanes(write, now)) hazard = {"write after another lane's write", write.line};
-  if (unordered_lanes(byte.read, now)) hazard = {"write after another lane's read", byte.read.line};
-  if (byte.copies) hazard = {"write to where an asynchronous copy is on its way", write.line};
-  const bool after_atomic = write.warp == kAtomic && (atomic || own_atomics(byte, now));
+  if (unordered_lanes(granule.read, now))
+    hazard = {"write after another lane's read", granule.read.line};
+  if (granule.copies) hazard = {"write to where an asynchronous copy is on its way", write.line};
+  const bool after_atomic = write.warp == kAtomic && (atomic || own_atomics(granule, now));
   if (same_epoch && write.warp != now.warp && !after_atomic)
     hazard = {"write after write", write.line};
-  else if (byte.read.epoch == now.epoch && byte.read.warp != now.warp)
-    hazard = {"write after read", byte.read.line};
-  const bool others = atomic && same_epoch && write.warp == kAtomic && byte.atomic_warp != now.warp;
-  byte.atomic_warp = others ? kSeveral : now.warp;
+  else if (granule.read.epoch == now.epoch && granule.read.warp != now.warp)
+    hazard = {"write after read", granule.read.line};
+  const bool others =
+      atomic && same_epoch && write.warp == kAtomic && granule.atomic_warp != now.warp;
+  granule.atomic_warp = others ? kSeveral : now.warp;
   write = now;
   if (atomic) write.warp = kAtomic;
+}
+
+// Calls a function for the granules of an access. Accesses up to now were multiples of a granule;
+// one that is not makes granules smaller, each with what was known of the whole.
+template <typename F>
+void for_each_granule(Block& block, uint32_t offset, uint32_t bytes, F&& function) {
+  const uint32_t old = block.shadow_granule;
+  const uint32_t fitting = 1u << std::countr_zero(offset | bytes | old);
+  if (block.shadow.empty()) {
+    block.shadow_granule = fitting;
+    block.shadow.resize((block.shared_bytes + fitting - 1) / fitting);
+  } else if (fitting < old) {
+    std::vector<ShadowGranule> finer((block.shared_bytes + fitting - 1) / fitting);
+    for (size_t k = 0; k < finer.size(); k++) finer[k] = block.shadow[k / (old / fitting)];
+    block.shadow = std::move(finer);
+    block.shadow_granule = fitting;
+  }
+  const size_t end = (offset + bytes) / fitting;
+  for (size_t k = offset / fitting; k < end; k++) function(block.shadow[k]);
 }
 
 }  // namespace
 
 void Warp::note_copy(uint32_t offset, uint32_t bytes, int change) {
   if (!launch->check_races || block->shadow.empty()) return;
-  for (uint32_t at = offset; at < offset + bytes; at++) {
-    uint16_t& copies = block->shadow[at].copies;
-    if (change > 0 || copies > 0) copies = static_cast<uint16_t>(copies + change);
-  }
+  for_each_granule(*block, offset, bytes, [&](ShadowGranule& granule) {
+    if (change > 0 || granule.copies > 0)
+      granule.copies = static_cast<uint16_t>(granule.copies + change);
+  });
 }
 
 void Warp::check_race(const Instruction& instruction, int lane, Block& owner, uint32_t offset,
                       uint32_t bytes, Access access) {
   if (owner.complex_sync) return;
-  if (owner.shadow.empty()) owner.shadow.resize(owner.shared_bytes);
   if (&instruction != checked || checked_lanes >> lane & 1) {
     checked = &instruction;
     checked_lanes = 0;
@@ -89,13 +110,12 @@ void Warp::check_race(const Instruction& instruction, int lane, Block& owner, ui
                   .serial = checked_serial,
                   .line = line};
   Hazard hazard;
-  for (uint32_t at = offset; at < offset + bytes; at++) {
-    ShadowByte& byte = owner.shadow[at];
+  for_each_granule(owner, offset, bytes, [&](ShadowGranule& granule) {
     if (access == Access::kRead)
-      note_read(byte, now, hazard);
+      note_read(granule, now, hazard);
     else
-      note_write(byte, now, access == Access::kAtomic, hazard);
-  }
+      note_write(granule, now, access == Access::kAtomic, hazard);
+  });
   if (!hazard.kind) return;
   Statistics& statistics = launch->statistics;
   statistics.races++;
