@@ -1,5 +1,6 @@
 # make demo   two fine-tuned experts, merged in every way, compared in one table
 # make test   the whole test suite; the CUDA sources run on the host shim, no GPU needed
+# make test-cutlass   CUTLASS's kernels in the interpreter of PTX (needs nvcc)
 # make test-gpu, bench-gpu   the tests and the benches on this machine's GPU (needs driver and nvcc)
 # All make .venv first, install what they need there and build the extension in the source tree.
 #
@@ -24,7 +25,7 @@ BUILT_SIMT := $(VENV)/.built-simt-$(SWITCHES)
 # Busy-waiting OpenMP threads make torch many times slower when anything else runs.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-mutations test-gpu bench-gpu lint format build sanitize wheel-check clean
+.PHONY: demo test test-mutations test-cutlass test-gpu bench-gpu lint format build sanitize wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT) $(VENV)/.demo
@@ -63,6 +64,11 @@ test-gpu bench-gpu:
 test-mutations: $(BUILT_SIMT) $(VENV)/.test
 	MERGEME_MUTATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
 	  python_tests/ptx/test_mutations.py $(PYTEST_ARGS)
+
+# CUTLASS's kernels in the interpreter of PTX, with the headers of the package nvidia-cutlass.
+test-cutlass: $(BUILT_SIMT) $(VENV)/.test
+	$(PIP) --no-deps nvidia-cutlass==4.2.0.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q python_tests/ptx/test_cutlass.py $(PYTEST_ARGS)
 
 build: $(BUILT)
 

@@ -27,8 +27,10 @@ MERGEME_HD int tile_index(int place, int i) { return i / 4 * 32 + place * 4 + i 
 // sum[i][j] = sum over k in ascending order of a(row, k) * b(column, k), one fused multiply-add
 // each, where row = tile_index(threadIdx.x / 8, i) and column = tile_index(threadIdx.x % 8, j).
 // load_a and load_b return the accumulation type, zero outside the matrix; kDepthFirst* says that
-// neighbouring k are neighbours in memory. All threads of the block call this together.
-template <bool kDepthFirstA, bool kDepthFirstB, typename Acc, typename LoadA, typename LoadB>
+// neighbouring k are neighbours in memory, and kMayFetchAhead that a caller leaves registers for
+// it. All threads of the block call this together.
+template <bool kDepthFirstA, bool kDepthFirstB, bool kMayFetchAhead = true, typename Acc,
+          typename LoadA, typename LoadB>
 __device__ __forceinline__ void multiply_tile(TileShared<Acc>& shared, int64_t depth, LoadA load_a,
                                               LoadB load_b, Acc (&sum)[8][8]) {
   constexpr int kLoads = kTile * kTileDepth / kTileThreads;
@@ -55,7 +57,7 @@ __device__ __forceinline__ void multiply_tile(TileShared<Acc>& shared, int64_t d
     for (int j = 0; j < 8; ++j) sum[i][j] = 0;
   // The next step's loads are under way while this one multiplies; doubles would not all fit the
   // registers then.
-  constexpr bool kAhead = sizeof(Acc) == 4;
+  constexpr bool kAhead = kMayFetchAhead && sizeof(Acc) == 4;
   if (kAhead) fetch(0);
   for (int64_t first = 0; first < depth; first += kTileDepth) {
     if (!kAhead) fetch(first);

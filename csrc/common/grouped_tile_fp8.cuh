@@ -18,7 +18,7 @@ __device__ __forceinline__ void multiply_scaled_tile(TileShared<float>& shared, 
   for (int64_t block = 0; block < scale_blocks(depth); ++block) {
     const int64_t first = block * kScaleBlock;
     float partial[8][8];
-    multiply_tile<true, true>(
+    multiply_tile<true, true, false>(
         shared, depth - first < kScaleBlock ? depth - first : kScaleBlock,
         [&](int i, int64_t k) { return load_a(i, first + k); },
         [&](int j, int64_t k) { return load_b(j, first + k); }, partial);

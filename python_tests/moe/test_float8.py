@@ -49,9 +49,9 @@ def test_experts_begin_as_zeros_and_count_their_blocks():
 
 
 def test_experts_reject_bad_arguments():
-    with pytest.raises(ValueError, match="expected hidden_size, .* positive, got 0, 4 and 2"):
+    with pytest.raises(ValueError, match=r"expected hidden_size, .* positive, got 0, 4 and 2"):
         Float8Experts(0, 4, 2)
-    with pytest.raises(ValueError, match="expected activation to be one of .*, got 'relu'"):
+    with pytest.raises(ValueError, match=r"expected activation to be one of .*, got 'relu'"):
         Float8Experts(4, 4, 2, activation="relu")
 
 
