@@ -31,5 +31,5 @@ using Problem = cutlass::gemm::GroupProblemShape<Shape<int, int, int>>;
 struct Kernel : cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, Epilogue> {};
 
 #ifndef PARAMS
-template __global__ void cutlass::device_kernel<Kernel>(__grid_constant__ Kernel::Params const);
+template __global__ void cutlass::device_kernel<Kernel>(CUTLASS_GRID_CONSTANT Kernel::Params const);
 #endif
