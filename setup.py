@@ -3,8 +3,8 @@
 Switches, read from the environment:
     MERGEME_CUDA          auto (default): on when nvcc is found and torch is a CUDA build; 0 or 1
     MERGEME_SIMT          1 builds the test module that runs the CUDA sources on the host
-    MERGEME_PTX           auto (default): with MERGEME_SIMT=1, in place, also the kernels' PTX for it if
-                          nvcc is found; 0 or 1
+    MERGEME_PTX           auto (default): with MERGEME_SIMT=1, in place, also the kernels' PTX
+                          if nvcc is found; 0 or 1
     TORCH_CUDA_ARCH_LIST  torch's form, such as "8.0;9.0+PTX"; default 8.0+PTX;8.6;8.9;9.0a
     MERGEME_CMAKE_ARGS    further arguments for cmake
     MAX_JOBS, DEBUG       as for torch's own extensions
