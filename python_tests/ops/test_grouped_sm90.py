@@ -114,13 +114,11 @@ def test_shim_does_not_run_them():
 EXPERTS = ["gate_up", "rows", "grad_activation", "sums"]
 SIZES = {"turns": ([0, 1, 15, 130, 65, 129], 72, 136), "low": ([33, 0, 64, 17, 20], 264, 520)}
 SIZES["long"] = ([3, 129], 1032, 40)  # long in one of two products
-SIZES["pair"] = ([257, 255], 1032, 1032)
+SIZES["pair"] = ([258], 1032, 1032)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(s, marks=[pytest.mark.slow] * (s == "pair")) for s in SIZES]
-)
+@pytest.mark.parametrize("sizes", ["turns", "low", "long"])
 def test_experts(sizes, dtype):
     args = make_experts(SIZES[sizes][0], 2, *SIZES[sizes][1:], dtype)
     with ptx.recording(seeds=(0, 1, 2)) as launches:
@@ -140,6 +138,7 @@ def test_experts(sizes, dtype):
         ("turns", "gelu", torch.float16),
         ("low", "gelu_tanh", torch.bfloat16),
         ("long", "silu", torch.float16),
+        pytest.param("pair", "silu", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_of_experts(sizes, activation, dtype):
