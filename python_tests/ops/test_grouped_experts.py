@@ -106,7 +106,9 @@ def test_activations(backend, activation):
     out = run(backend, *args, activation=activation)
     torch.testing.assert_close(out, reference(*args, activation=activation), rtol=1e-12, atol=1e-12)
     args = (*(t.requires_grad_() for t in args[:4]), *args[4:])
-    torch.autograd.gradcheck(lambda *a: run(backend, *a, activation=activation), args)
+    torch.autograd.gradcheck(
+        lambda *a: run(backend, *a, activation=activation), args, fast_mode=backend.interpreted
+    )
 
 
 def misaligned(t):
@@ -150,8 +152,10 @@ def test_registration_and_gradient(backend):
     args = (*(t.requires_grad_() for t in args[:4]), *args[4:])
     torch.library.opcheck(backend.op(OP), args)
     torch.library.opcheck(backend.op(OP), args, {"save": True})
-    torch.autograd.gradcheck(partial(run, backend), args)
-    torch.autograd.gradcheck(lambda *a: backend.op(OP)(*a)[0], args)  # nothing saved
+    torch.autograd.gradcheck(partial(run, backend), args, fast_mode=backend.interpreted)
+    torch.autograd.gradcheck(
+        lambda *a: backend.op(OP)(*a)[0], args, fast_mode=backend.interpreted
+    )  # nothing saved
     first = torch.autograd.grad(run(backend, *args).sum(), args[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         torch.autograd.grad(first[0].sum(), args[1])
