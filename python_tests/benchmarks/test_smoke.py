@@ -16,7 +16,13 @@ from mergeme_ext.io import CheckpointSource
 from python_tests.support.checkpoints import save
 
 # These have no cases of the common kind; their own tests are below and beside this file.
-WHOLE_PROGRAMS = {"bench_merge", "bench_experts", "bench_gating", "bench_moe_model"}
+WHOLE_PROGRAMS = {
+    "bench_merge",
+    "bench_experts",
+    "bench_experts_gpu",
+    "bench_gating",
+    "bench_moe_model",
+}
 BENCHES = sorted(p.stem for p in Path(harness.__file__).parent.glob("bench_*.py"))
 BENCHES = [name for name in BENCHES if name not in WHOLE_PROGRAMS]
 
