@@ -10,22 +10,23 @@
 
 namespace mergeme::grouped::sm90 {
 
-// Half the columns of Shared: a thread has a stage's sums beside its own, and all columns of a tile
-// have the same scale. One math warpgroup multiplies while the other adds.
+// Half the columns of Shared: a thread has a stage's sums beside its own, and the columns of a half
+// of a tile have the same scale. One math warpgroup multiplies while the other adds.
 using Scaled = Shape<128, 128, 2>;
 static_assert(kDepthOf<float8_e4m3_t> == kScaleBlock && Scaled::kColumns == kScaleBlock);
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A thread's scales: of its two rows, null for none, and of the columns; neighbours go with
-// neighbouring stages.
+// A thread's scales: of its two rows, null for none, and of both halves of the columns; neighbours
+// go with neighbouring stages.
 struct Scales {
   const float* rows[2];
-  const float* columns;
+  const float* columns[2];
 };
 
 // sums as in multiply_tile(), but of both operands times their scales, one fused multiply-add for
 // each stage.
+template <bool kGathered>
 __device__ __forceinline__ void multiply_scaled_tile(Ring<Scaled>& ring, int depth, int group,
                                                      const Scales& scales, Scaled::Sums& sums) {
   float partial[64];
@@ -38,10 +39,11 @@ __device__ __forceinline__ void multiply_scaled_tile(Ring<Scaled>& ring, int dep
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     // Under way while the stage is waited for and multiplied.
-    const float column = scales.columns[step];
+    const float column[2] = {scales.columns[0][step], scales.columns[1][step]};
     const float row[2] = {scales.rows[0] ? scales.rows[0][step] : 0.f,
                           scales.rows[1] ? scales.rows[1][step] : 0.f};
     ring.wait_full();
+    if constexpr (kGathered) simt::fence_async_proxy();
     simt::wgmma_fence();
     const uint64_t at = simt::operand_step(Scaled::kStageBytes) * ring.at();
     simt::wgmma_e4m3<true>(partial, left + at, right + at);
@@ -54,9 +56,11 @@ __device__ __forceinline__ void multiply_scaled_tile(Ring<Scaled>& ring, int dep
     simt::pin(partial);
     ring.release(ring.at());
     ring.next();
-    const float scale[2] = {row[0] * column, row[1] * column};
+    const float scale[2][2] = {{row[0] * column[0], row[1] * column[0]},
+                               {row[0] * column[1], row[1] * column[1]}};
 #pragma unroll
-    for (int j = 0; j < 64; ++j) sums[0][j] = simt::fma(scale[j / 2 % 2], partial[j], sums[0][j]);
+    for (int j = 0; j < 64; ++j)
+      sums[0][j] = simt::fma(scale[j / 32][j / 2 % 2], partial[j], sums[0][j]);
     simt::pin(sums[0]);  // before partial is written anew
   }
 }

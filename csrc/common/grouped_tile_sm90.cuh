@@ -166,7 +166,7 @@ struct Rows {
 };
 
 // Half of them from `row` on, half from `other` on.
-template <int kSide>
+template <int kSide, int kSteps = kDepth>
 struct RowPairs {
   static constexpr Run kRun = Run::kDepth;
   static constexpr int kBytes = kSide * kLineBytes;
@@ -176,8 +176,8 @@ struct RowPairs {
 
   template <typename Boxes>
   __device__ __forceinline__ void copy(SharedAddress to, int step, const Boxes& boxes) const {
-    boxes.copy(0, to, map, step * kDepth, row, matrix);
-    boxes.copy(1, to + kBytes / 2, map, step * kDepth, other, matrix);
+    boxes.copy(0, to, map, step * kSteps, row, matrix);
+    boxes.copy(1, to + kBytes / 2, map, step * kSteps, other, matrix);
   }
 };
 
@@ -225,15 +225,17 @@ class AnyRows {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       simt::cp_async_16(to + 16 * i * kLineBytes, rows_[i], rows_[i] && left_ > 0);
-      if (rows_[i]) rows_[i] += kDepth;
+      if (rows_[i]) rows_[i] += kDepthOf<T>;
     }
-    left_ -= kDepth;
+    left_ -= kDepthOf<T>;
   }
 
  private:
   static constexpr int kPasses = kSide / 16;
   __device__ static __forceinline__ int own_row() { return threadIdx.x % kGroupThreads / 8; }
-  __device__ static __forceinline__ int own_step() { return threadIdx.x % 8 * 8; }
+  __device__ static __forceinline__ int own_step() {
+    return threadIdx.x % 8 * (16 / int(sizeof(T)));
+  }
   const T* rows_[kPasses];
   int left_;  // reduction steps from this thread's chunk to the end
 };

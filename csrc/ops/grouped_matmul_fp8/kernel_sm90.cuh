@@ -37,10 +37,12 @@ __global__ void __launch_bounds__(grouped::sm90::kThreads, 1) grouped_matmul_fp8
         // Rows past the end of the group are multiplied too, and not stored.
         const int first = t.row + row + simt::lane_id() / 4;
         const float* of_row = p.a_scale + first * blocks;
-        multiply_scaled_tile(
+        const float* of_columns =
+            p.b_scale + (t.group * scale_blocks(p.columns) + t.column / kScaleBlock) * blocks;
+        multiply_scaled_tile<false>(
             ring, depth, group,
             {{first < t.end ? of_row : nullptr, first + 8 < t.end ? of_row + 8 * blocks : nullptr},
-             p.b_scale + (t.group * scale_blocks(p.columns) + t.column / kScaleBlock) * blocks},
+             {of_columns, of_columns}},
             sums);
       },
       [&](const Tile& t, const Shape::Sums& sums, int row, char* patch) {
