@@ -1,10 +1,10 @@
 // The tile of a grouped matrix product on the tensor cores of sm_90. Torch-free.
 //
-// A block is three warpgroups. The first brings 64 reduction steps of both operands at a time into
-// a ring of stages, weights and evenly spaced rows as boxes of a tensor map, rows in any order as
-// 16-byte chunks; the other two multiply. Two mbarriers for each stage say when it is full and when
-// it is empty again. Everything is under the 128-byte swizzle (simt/wgmma.cuh). The kernels exist
-// on sm_90a only: elsewhere, and on the host shim, their bodies are empty.
+// A block is three warpgroups. The first brings 64 reduction steps (128 of e4m3) of both operands
+// at a time into a ring of stages, weights and evenly spaced rows as boxes of a tensor map, rows in
+// any order as 16-byte chunks; the other two multiply. Two mbarriers for each stage say when it is
+// full and when it is empty again. Everything is under the 128-byte swizzle (simt/wgmma.cuh). The
+// kernels exist on sm_90a only: elsewhere, and on the host shim, their bodies are empty.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -18,19 +18,21 @@ namespace mergeme::grouped::sm90 {
 
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kThreads = 3 * kGroupThreads;
-inline constexpr int kDepth = 64;                        // reduction steps of a stage
+inline constexpr int kDepth = 64;                        // reduction steps of a stage, 16-bit types
 inline constexpr int kLineBytes = 128;                   // of the swizzle
 inline constexpr int kBlockBytes = kDepth * kLineBytes;  // 64 rows or columns of a stage
-inline constexpr int kSharedBytes = 227 * 1024;          // all that a block can have
-inline constexpr int kPatchBytes = 4096;                 // a math warp's own, for results
+template <typename T>
+inline constexpr int kDepthOf = kLineBytes / int(sizeof(T));
+inline constexpr int kSharedBytes = 227 * 1024;  // all that a block can have
+inline constexpr int kPatchBytes = 4096;         // a math warp's own, for results
 inline constexpr int kRingAlignment = 1024;
 // Rows, columns and reductions are counted in 32 bits, with room to run past the end.
 inline constexpr int64_t kMaxSide = 2147483647 - 512;
 
 // Two math warpgroups share a tile, or (kGroups 1) each has its own and one stores while the other
-// multiplies. A math warpgroup has kBlocks times 64 rows of its tile, and 128 sums in each thread.
-// Blocks of a cluster have tiles one below the other, and each brings its part of the right operand
-// to all of them.
+// multiplies. A math warpgroup has kBlocks times 64 rows of its tile, and at most 128 sums in each
+// thread. Blocks of a cluster have tiles one below the other, and each brings its part of the right
+// operand to all of them.
 template <int kRowsOfTile, int kColumnsOfTile, int kGroupsOfTile, int kClusterBlocks = 1>
 struct Shape {
   static constexpr int kRows = kRowsOfTile;
@@ -45,7 +47,7 @@ struct Shape {
   static constexpr int kStages = (kSharedBytes - kPatches) / kStageBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static_assert(kGroups == 1 || kGroups == 2);
-  static_assert(kRows % (64 * kGroups) == 0 && kBlocks * kColumns == 256);
+  static_assert(kRows % (64 * kGroups) == 0 && kBlocks * kColumns <= 256);
   static_assert((2 * kStages + 2) * 8 <= 256);
 
   using Sums = float[kBlocks][kColumns / 2];
@@ -144,9 +146,9 @@ struct Boxes {
   }
 };
 
-// kSide rows from `row` on of a matrix whose memory runs along the reduction, in kCount boxes. Past
-// its end, and past the end of rows, zeros.
-template <int kSide, int kCount = 1>
+// kSide rows from `row` on of a matrix whose memory runs along the reduction, kSteps of it in a
+// stage, in kCount boxes. Past its end, and past the end of rows, zeros.
+template <int kSide, int kCount = 1, int kSteps = kDepth>
 struct Rows {
   static constexpr Run kRun = Run::kDepth;
   static constexpr int kBytes = kSide * kLineBytes;
@@ -158,13 +160,13 @@ struct Rows {
   __device__ __forceinline__ void copy(SharedAddress to, int step, const Boxes& boxes) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      boxes.copy(i, to + i * (kBytes / kCount), map, step * kDepth, row + i * (kSide / kCount),
+      boxes.copy(i, to + i * (kBytes / kCount), map, step * kSteps, row + i * (kSide / kCount),
                  matrix);
   }
 };
 
 // Half of them from `row` on, half from `other` on.
-template <int kSide>
+template <int kSide, int kSteps = kDepth>
 struct RowPairs {
   static constexpr Run kRun = Run::kDepth;
   static constexpr int kBytes = kSide * kLineBytes;
@@ -174,8 +176,8 @@ struct RowPairs {
 
   template <typename Boxes>
   __device__ __forceinline__ void copy(SharedAddress to, int step, const Boxes& boxes) const {
-    boxes.copy(0, to, map, step * kDepth, row, matrix);
-    boxes.copy(1, to + kBytes / 2, map, step * kDepth, other, matrix);
+    boxes.copy(0, to, map, step * kSteps, row, matrix);
+    boxes.copy(1, to + kBytes / 2, map, step * kSteps, other, matrix);
   }
 };
 
@@ -223,15 +225,17 @@ class AnyRows {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       simt::cp_async_16(to + 16 * i * kLineBytes, rows_[i], rows_[i] && left_ > 0);
-      if (rows_[i]) rows_[i] += kDepth;
+      if (rows_[i]) rows_[i] += kDepthOf<T>;
     }
-    left_ -= kDepth;
+    left_ -= kDepthOf<T>;
   }
 
  private:
   static constexpr int kPasses = kSide / 16;
   __device__ static __forceinline__ int own_row() { return threadIdx.x % kGroupThreads / 8; }
-  __device__ static __forceinline__ int own_step() { return threadIdx.x % 8 * 8; }
+  __device__ static __forceinline__ int own_step() {
+    return threadIdx.x % 8 * (16 / int(sizeof(T)));
+  }
   const T* rows_[kPasses];
   int left_;  // reduction steps from this thread's chunk to the end
 };
@@ -371,7 +375,10 @@ class Ring {
   uint32_t parity_ = 0;
 };
 
-__device__ __forceinline__ int steps_of(int depth) { return (depth + kDepth - 1) / kDepth; }
+template <typename T>
+__device__ __forceinline__ int steps_of(int depth) {
+  return (depth + kDepthOf<T> - 1) / kDepthOf<T>;
+}
 
 // Clears the steps from `first` on in kBytes of a stage. One of threads number 0 to `threads`.
 template <int kBytes>
@@ -450,12 +457,14 @@ __device__ __forceinline__ void multiply_tile(Ring<Shape>& ring, int depth, int 
 // A block's work. for_each(run) calls run(tile) for each of its tiles, the same for all threads;
 // depth_of(tile) is the length of its reduction; operands_of(tile, depth) gives its operands; and
 // finish(tile, sums, row, patch) takes the sums of a warp's part, of which sums[i] begins at row
-// `row` + 64 i of the tile, with the warp's patch of shared memory to work in. Blocks may be
+// `row` + 64 i of the tile, with the warp's patch of shared memory to work in; before,
+// multiply(tile, ring, depth, group, row, sums) makes them as multiply_tile() does. Blocks may be
 // without tiles, and tiles without reduction steps.
 template <typename T, typename Shape, typename ForEach, typename DepthOf, typename OperandsOf,
-          typename Finish>
+          typename Multiply, typename Finish>
 __device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
-                                          OperandsOf operands_of, Finish finish) {
+                                          OperandsOf operands_of, Multiply multiply,
+                                          Finish finish) {
   using Tile = typename ForEach::Tile;
   using Operands = decltype(operands_of(std::declval<Tile>(), 0));
   using Left = typename Operands::Left;
@@ -470,7 +479,7 @@ __device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
     const uint32_t rank = Shape::kCluster > 1 ? simt::cluster_rank() : 0;
     if (kGathers || threadIdx.x == 0) {
       for_each([&](const Tile& tile) {
-        const int depth = depth_of(tile), steps = steps_of(depth);
+        const int depth = depth_of(tile), steps = steps_of<T>(depth);
         if (steps == 0) return;
         Operands operands = operands_of(tile, depth);
         for (int step = 0; step < steps; ++step) {
@@ -501,15 +510,30 @@ __device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
       ++number;
       typename Shape::Sums sums;
       if constexpr (Shape::kGroups == 1) {
-        if (number % 2 != group) return ring.skip(steps_of(depth));
+        if (number % 2 != group) return ring.skip(steps_of<T>(depth));
         ring.wait_turn(group, number / 2);
       }
-      multiply_tile<T, Shape, Operands>(ring, depth, group, sums);
+      multiply(tile, ring, depth, group, row, sums);
       finish(tile, sums, row, ring.patch(warp));
     });
   }
   // Others may still give stages back to this block.
   if constexpr (Shape::kCluster > 1) simt::sync_cluster();
+}
+
+// The same with sums of plain products.
+template <typename T, typename Shape, typename ForEach, typename DepthOf, typename OperandsOf,
+          typename Finish>
+__device__ __forceinline__ void run_block(ForEach for_each, DepthOf depth_of,
+                                          OperandsOf operands_of, Finish finish) {
+  using Tile = typename ForEach::Tile;
+  using Operands = decltype(operands_of(std::declval<Tile>(), 0));
+  run_block<T, Shape>(
+      for_each, depth_of, operands_of,
+      [](const Tile&, Ring<Shape>& ring, int depth, int group, int, typename Shape::Sums& sums) {
+        multiply_tile<T, Shape, Operands>(ring, depth, group, sums);
+      },
+      finish);
 }
 
 // for_each_row_tile() and for_each_sum_tile() as run_block() takes them.

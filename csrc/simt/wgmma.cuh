@@ -7,7 +7,8 @@
 //   d[4 j + 2], d[4 j + 3]  D[16 w + g + 8][8 j + 2 t, +1].
 // Operands lie in shared memory in rows of 128 bytes under the 128-byte swizzle (tensor_copy.cuh),
 // 8 rows, 1024 bytes, after another, and begin at a multiple of 1024:
-//   kDepth   a row of shared memory holds 64 reduction steps of one row (A) or column (B);
+//   kDepth   a row of shared memory holds 64 reduction steps (128 of e4m3) of one row (A) or column
+//            (B);
 //   kAcross  it holds one reduction step of 64 rows (A) or columns (B), and where there are more of
 //            them, the next 64 lie `apart` bytes on. For 16-bit types only.
 #pragma once
@@ -107,6 +108,19 @@ __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
     MERGEME_WGMMA_("bf16", "256", MERGEME_NAMES128_, MERGEME_D128_, "%128", "%129", "%130", "%131");
   else
     MERGEME_WGMMA_("f16", "256", MERGEME_NAMES128_, MERGEME_D128_, "%128", "%129", "%130", "%131");
+}
+
+// d = a b (kFirst) or d += a b over 32 reduction steps of e4m3, 128 columns, both kDepth. Begins
+// only. The hardware aligns the products and d to the largest of them and keeps about 14 bits (as
+// the DeepSeek-V3 report measured): sum few of them before adding to a float of one's own.
+template <bool kFirst>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %66, 0; "
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MERGEME_NAMES64_
+      "}, %64, %65, p, 1, 1;}"
+      : MERGEME_D64_(0)
+      : "l"(a), "l"(b), "n"(!kFirst));
 }
 
 #undef MERGEME_WGMMA_

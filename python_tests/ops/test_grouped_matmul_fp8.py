@@ -19,6 +19,7 @@ CASES = {
     "tiles": ([127, 0, 129], 129, 130),
     "aligned": ([3, 0, 70, 40], 384, 192),
     "deep": ([2, 9], 700, 64),
+    "wgmma": ([0, 1, 15, 64, 129], 272, 136),  # tails along all sides of tiles of 128
     "no-inner": ([2, 3], 0, 4),
     "no-outer": ([2, 3], 4, 0),
 }
@@ -50,13 +51,25 @@ def make(counts, k, n, device="cpu", seed=0):
     return tuple(t.to(device) for t in (a, scales[0], b, scales[1], offsets_of(counts)))
 
 
+def sums_few_bits(device):
+    """Whether the op sums e4m3 products on tensor cores there: Hopper's."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def check(out, args, dtype):
     value, magnitude = references.grouped_matmul_fp8(*args)
     assert out.shape == value.shape and out.dtype == dtype and out.is_contiguous()
     # A number passes through at most 128 roundings in its block, the scales' product, and one for
     # each block after it; on the way to float64 nothing is lost.
     k = args[0].shape[1]
-    assert_within_rounding(out, value, magnitude, terms=min(k, 128) + 1 + blocks(k))
+    terms = min(k, 128) + 1 + blocks(k)
+    if sums_few_bits(out.device):
+        # Tensor cores align 32 products and the sum before them to the largest of these and keep
+        # about 14 bits (DeepSeek-V3's report, 3.3.2): each of at most 4 * 33 addends of a block
+        # loses less than 2^-13 of a number that the magnitude bounds. The interpreter of PTX keeps
+        # float32 and is held to the bound without this.
+        terms += 4 * 33 * 2**11  # of 2^-24
+    assert_within_rounding(out, value, magnitude, terms=terms)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

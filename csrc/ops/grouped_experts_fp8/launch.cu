@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "csrc/ops/grouped_experts_fp8/kernel.cuh"
+#include "csrc/ops/grouped_experts_fp8/kernel_sm90.cuh"
 #include "csrc/ops/grouped_matmul_fp8/params.h"
 #include "csrc/ops/quantize_fp8/params.h"
 
@@ -23,8 +23,26 @@ void plan(const Params& p, int64_t height, void* stream) {
                        stream);
 }
 
-void launch_gate_up(Params p, void* stream) {
+void launch_gate_up_sm90(Params p, void* stream) {
+  using Shape = grouped::sm90::Scaled;
+  constexpr int kWidth = Shape::kColumns / 2;
+  const char* name = "grouped_experts_fp8 (gate_up, sm_90)";
+  plan(p, Shape::kHeight, stream);
+  p.grid = grouped::row_grid(kName, p.num_slots(), p.num_experts, Shape::kHeight, p.intermediate,
+                             kWidth);
+  grouped::launch_tiles<gate_up_fp8_sm90_kernel>(
+      name, grouped::sm90::config<Shape>(stream),
+      grouped::sm90::WithMaps<Params>{
+          p,
+          {},
+          grouped::sm90::map_of<float8_e4m3_t>(name, p.gate_up, p.num_experts, 2 * p.intermediate,
+                                               p.hidden, simt::Run::kDepth, kWidth)});
+}
+
+void launch_gate_up(const Params& given, void* stream) {
   using grouped::kTile;
+  if (simt::has_wgmma() && fits_sm90(given)) return launch_gate_up_sm90(given, stream);
+  Params p = given;
   plan(p, kTile, stream);
   if (p.intermediate == 0) return;
   p.grid = grouped::row_grid(kName, p.num_slots(), p.num_experts, kTile, p.intermediate, kTile / 2);
