@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from python_tests.ops.test_grouped_experts import route
 from python_tests.ops.test_grouped_matmul_fp8 import lost_on
 from python_tests.references import grouped_experts_fp8 as references
-from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
+from python_tests.support.backends import BACKENDS, CPU, NO_GPU, SCHEDULES, SIMT
 
 OP = "grouped_experts_fp8"
 E4M3 = torch.float8_e4m3fn
@@ -69,7 +69,10 @@ def test_matches_references(backend, case, dtype):
     check(backend.op(OP)(*args), args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# Not on a GPU: what Hopper's tensor cores may lose, in the worst case, is more than scales of the
+# same size differ by. There test_each_scale_goes_to_its_block of the plain product is exact, and
+# ptx90 runs the same kernels with all bits.
+@pytest.mark.parametrize("backend", NO_GPU)
 def test_the_bound_notices_swapped_scales(backend):
     x, gate_up, gate_up_scale, *rest = make(*CASES["blocks"], torch.float32, backend.device)
     out = backend.op(OP)(x, gate_up, gate_up_scale.roll(1, dims=1), *rest)
