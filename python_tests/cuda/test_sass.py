@@ -92,6 +92,9 @@ def test_every_product_has_a_kernel_with_wgmma():
     assert names >= {("grouped_matmul", "grouped_matmul_sm90_kernel")} | {
         ("grouped_experts", f"{k}_sm90_kernel")
         for k in ("gate_up", "rows", "sums", "grad_activation")
+    } | {
+        ("grouped_matmul_fp8", "grouped_matmul_fp8_sm90_kernel"),
+        ("grouped_experts_fp8", "gate_up_fp8_sm90_kernel"),
     }
 
 

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from python_tests.ops.test_grouped_experts import route
+from python_tests.ops.test_grouped_matmul_fp8 import lost_on
 from python_tests.references import grouped_experts_fp8 as references
-from python_tests.support.backends import BACKENDS, CPU, SCHEDULES, SIMT
+from python_tests.support.backends import BACKENDS, CPU, NO_GPU, SCHEDULES, SIMT
 
 OP = "grouped_experts_fp8"
 E4M3 = torch.float8_e4m3fn
@@ -18,6 +19,7 @@ CASES = {
     "tiles": ([67, 0, 69], 2, 130, 136),
     "blocks": ([3, 0, 30, 35], 2, 256, 128),
     "half-blocks": ([9, 5], 2, 128, 192),
+    "wgmma": ([0, 1, 15, 64, 128, 132], 2, 144, 208),  # tails along all sides of tiles of 128
     "top-3": ([5, 6, 7], 3, 8, 200),
     "no-hidden": ([2, 2], 2, 0, 4),
     "no-intermediate": ([2, 2], 2, 4, 0),
@@ -50,7 +52,7 @@ def make(counts, top_k, hidden, intermediate, dtype, device="cpu", seed=0):
 
 def check(out, args, **options):
     for reference in (references.quantized, references.dequantized):
-        value, bound = reference(*args, **options)
+        value, bound = reference(*args, **options, lost=lost_on(out.device))
         info = torch.finfo(out.dtype)
         bound = bound + info.eps / 2 * (value.abs() + bound) + info.smallest_normal * info.eps
         error = (out.double().cpu() - value).abs()
@@ -67,7 +69,10 @@ def test_matches_references(backend, case, dtype):
     check(backend.op(OP)(*args), args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# Not on a GPU: what Hopper's tensor cores may lose, in the worst case, is more than scales of the
+# same size differ by. There test_each_scale_goes_to_its_block of the plain product is exact, and
+# ptx90 runs the same kernels with all bits.
+@pytest.mark.parametrize("backend", NO_GPU)
 def test_the_bound_notices_swapped_scales(backend):
     x, gate_up, gate_up_scale, *rest = make(*CASES["blocks"], torch.float32, backend.device)
     out = backend.op(OP)(x, gate_up, gate_up_scale.roll(1, dims=1), *rest)

@@ -21,10 +21,11 @@ def dequantize_gate_up(gate_up, scale):
     return torch.cat([gate, up], 1)
 
 
-def _product(x, error, weight):
-    """x @ weight.T and its bound: the error that x brings, and that of sums in float32."""
+def _product(x, error, weight, lost=0.0):
+    """x @ weight.T and its bound: the error that x brings, and that of sums in float32, of which
+    tensor cores may lose the part ``lost``."""
     depth = weight.shape[1]
-    terms = (min(depth, BLOCK) + -(-depth // BLOCK) + 2) * U
+    terms = (min(depth, BLOCK) + -(-depth // BLOCK) + 2) * U + lost
     size = (x.abs() + error) @ weight.abs().T
     return x @ weight.T, error @ weight.abs().T + terms / (1 - terms) * size
 
@@ -59,7 +60,7 @@ def _quantize(x, error):
     return out, bound
 
 
-def _experts(x, x_error, gate_up, down, routing, inner, activation):
+def _experts(x, x_error, gate_up, down, routing, inner, activation, lost):
     """Value and bound [T, H] in float64, for dequantised weights and tokens with these errors."""
     weights, offsets, permutation = routing
     top_k, bounds = weights.shape[1], offsets.tolist()
@@ -67,9 +68,9 @@ def _experts(x, x_error, gate_up, down, routing, inner, activation):
     for e in range(gate_up.shape[0]):
         slots = permutation[bounds[e] : bounds[e + 1]].long()
         tokens = slots // top_k
-        both, error = _product(x[tokens], x_error[tokens], gate_up[e])
+        both, error = _product(x[tokens], x_error[tokens], gate_up[e], lost)
         a, error = inner(*_activate(both, error, ACTIVATIONS[activation]))
-        y, error = _product(a, error, down[e])
+        y, error = _product(a, error, down[e], lost)
         weight = weights.flatten()[slots, None]
         value.index_add_(0, tokens, weight * y)
         bound.index_add_(0, tokens, weight.abs() * (error + (top_k + 1) * U * (y.abs() + error)))
@@ -83,15 +84,15 @@ def _arguments(x, gate_up, gate_up_scale, down, down_scale, weights, offsets, pe
     return x.detach().double().cpu(), gate_up, down, routing
 
 
-def quantized(*args, activation="silu"):
+def quantized(*args, activation="silu", lost=0.0):
     """The same steps, in float64, with the same roundings to e4m3."""
     x, gate_up, down, routing = _arguments(*args[:8])
     q, scale = quantize_fp8(args[0])
     x = dequantize(q, scale)
-    return _experts(x, torch.zeros_like(x), gate_up, down, routing, _quantize, activation)
+    return _experts(x, torch.zeros_like(x), gate_up, down, routing, _quantize, activation, lost)
 
 
-def dequantized(*args, activation="silu"):
+def dequantized(*args, activation="silu", lost=0.0):
     """The experts with dequantised weights and nothing rounded to e4m3. What quantising tokens and
     activations may change is in the bound: 1/16 of a number, or 1/1024 of its block's scale."""
     x, gate_up, down, routing = _arguments(*args[:8])
@@ -109,4 +110,4 @@ def dequantized(*args, activation="silu"):
         return a, error + rounding(a, error)
 
     x_error = rounding(x, torch.zeros_like(x))
-    return _experts(x, x_error, gate_up, down, routing, inner, activation)
+    return _experts(x, x_error, gate_up, down, routing, inner, activation, lost)
