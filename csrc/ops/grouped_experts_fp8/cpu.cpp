@@ -50,7 +50,8 @@ at::Tensor run_cpu(const at::Tensor& x, const at::Tensor& gate_up, const at::Ten
   const at::Tensor activated = workspace({routing.num_rows, i}, in_scale.options());
   const auto up = plan_tasks(routing.boundaries, ceil_div(i, kPanelColumns / 2), h);
   for_each_task(up, scaled_scratch_for(up, h), [&](const PlannedTask& p, void* scratch) {
-    GateUpTask task{.activation = activated.mutable_data_ptr<float>() + p.row * i,
+    GateUpTask task{.product = {},
+                    .activation = activated.mutable_data_ptr<float>() + p.row * i,
                     .intermediate = i,
                     .kind = kind};
     task.product.product = {
